@@ -1,0 +1,70 @@
+# `make serve` runs the gateway, `make test` every test. Both set up what they need.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+HOST ?= 127.0.0.1
+PORT ?= 8080
+DATA_DIR ?= data
+SOURCES := gateway providers tests bench
+
+.PHONY: help setup setup-dev serve test check format bench simulators lock clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
+
+setup: $(VENV)/.run ## Make .venv with what the gateway needs
+
+setup-dev: $(VENV)/.dev ## Make .venv with what the tests need too
+
+serve: setup ## Run the gateway (HOST, PORT, DATA_DIR)
+	@exec $(BIN)/imageway serve --host $(HOST) --port $(PORT) --data-dir $(DATA_DIR)
+
+test: setup-dev ## Run every test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
+
+check: setup-dev ## Format, lint, types, import contracts, configuration
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/imageway check
+
+format: setup-dev ## Format the sources
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+bench: setup-dev ## Measure speed and memory; prints figures
+	$(BIN)/python -m bench.ledger
+
+simulators: setup-dev ## Run a simulated OpenAI on loopback, to rehearse with
+	$(BIN)/python -m tests.simulators.openai_server
+
+lock: ## Pin all dependencies anew (needs uv)
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url pyproject.toml -o requirements/run.txt
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url pyproject.toml --group dev -o requirements/dev.txt
+
+clean: ## Forget .venv (data stays)
+	rm -rf $(VENV)
+
+# A bare Debian-like machine may lack the venv module, or Python itself.
+$(VENV)/bin/python:
+	@if ! $(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -q && apt-get install -qy python3 python3-venv; \
+	  else \
+	    echo "imageway needs Python 3.11 or newer with the venv module (Debian: apt-get install python3 python3-venv), or PYTHON=/path/to/python3" >&2; exit 1; \
+	  fi; \
+	fi
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: requirements/run.txt pyproject.toml | $(VENV)/bin/python
+	@test -e $(VENV)/.dev || $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/run.txt
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/build.txt
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.run
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	@touch $@

@@ -1,0 +1,1 @@
+"""imageway: one OpenAI-compatible front, many image upstreams behind it."""

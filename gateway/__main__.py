@@ -1,0 +1,5 @@
+"""``python -m gateway``: the same as ``imageway``."""
+
+from gateway.cli import main
+
+main(prog_name="imageway")

@@ -1,0 +1,109 @@
+"""The folder in which an embedded gateway remembers everything."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+SECRET_BYTES = 32
+DISK_FREE_MIN_BYTES = 256 * 1024 * 1024
+
+
+class DataDirError(Exception):
+    """The folder cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataDir:
+    """Paths and guards of a data folder."""
+
+    root: Path
+
+    @property
+    def database(self) -> Path:
+        """The SQLite file."""
+        return self.root / "imageway.db"
+
+    @property
+    def results(self) -> Path:
+        """Where pictures are kept."""
+        return self.root / "results"
+
+    @property
+    def spool(self) -> Path:
+        """Where pictures under way are spooled."""
+        return self.root / "spool"
+
+    def prepare(self) -> None:
+        """Make the folder, for the owner only, and see that it can be written.
+
+        Raises:
+            DataDirError: it cannot.
+        """
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.results.mkdir(exist_ok=True)
+            self.spool.mkdir(exist_ok=True)
+            probe = self.root / f".probe-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise DataDirError(
+                f"cannot write to the data folder {self.root}: {error.strerror}. "
+                "Choose another with --data-dir, or give this user the right to write."
+            ) from error
+
+    def secret(self) -> bytes:
+        """Read the secret that keys and links depend on; made on first use.
+
+        It is linked into its place whole, so that two processes that start together
+        agree on one.
+        """
+        path = self.root / "secret.key"
+        if not path.exists():
+            fresh = self.root / f".secret-{os.getpid()}"
+            handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(handle, "w") as file:
+                file.write(secrets.token_hex(SECRET_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(fresh, path)
+            except FileExistsError:
+                pass
+            finally:
+                fresh.unlink()
+        try:
+            return bytes.fromhex(path.read_text().strip())
+        except ValueError as error:
+            raise DataDirError(
+                f"{path} is damaged: put its backup back. Without it no key works."
+            ) from error
+
+    def lock(self) -> int:
+        """Take the folder for this process; held until the process ends.
+
+        Raises:
+            DataDirError: another gateway uses it.
+        """
+        handle = os.open(self.root / "serve.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise DataDirError(
+                f"another gateway already runs on {self.root}: SQLite serves one "
+                "process. Stop it, use another --data-dir, or configure PostgreSQL."
+            ) from error
+        return handle
+
+    async def trouble(self) -> str | None:
+        """Say what is wrong with the disk, if anything is."""
+        free_bytes = shutil.disk_usage(self.root).free
+        if free_bytes < DISK_FREE_MIN_BYTES:
+            return f"only {free_bytes >> 20} MiB free on the disk of the data folder"
+        return None

@@ -1,0 +1,206 @@
+"""The health board of one process: breakers, slots and waiting calls, in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from gateway.core import breaker
+from gateway.core.breaker import BreakerState, Effect, Flight, Health, Outcome, Record
+from gateway.core.events import BreakerChanged
+from gateway.ports import Chance, Clock, Events, Permit
+from providers.kit.contract import FailureKind, Operation
+
+WAITING_MAX_CALLS = 1_000
+
+
+@dataclass(slots=True)
+class _Credential:
+    """What one upstream account may carry, and whether it is trusted at all."""
+
+    slots_max: int
+    slots: float
+    in_flight: int = 0
+    good_run: int = 0
+    record: Record = field(default_factory=Record)
+
+
+@dataclass(slots=True)
+class _Route:
+    """One offer and operation."""
+
+    record: Record = field(default_factory=Record)
+    flights: dict[int, Flight] = field(default_factory=dict)
+    shown: BreakerState = BreakerState.CLOSED
+
+
+@dataclass(slots=True)
+class MemoryBoard:
+    """Implements ``HealthBoard``. ``slots`` gives each upstream's calls at once."""
+
+    clock: Clock
+    chance: Chance
+    events: Events
+    slots: Mapping[str, int]
+    _routes: dict[tuple[str, Operation], _Route] = field(default_factory=dict)
+    _credentials: dict[str, _Credential] = field(default_factory=dict)
+    _waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
+    _next_id: int = 0
+
+    async def read(
+        self, offer_ids: Iterable[str], operation: Operation
+    ) -> Mapping[str, Health]:
+        """Tell the health of each offer."""
+        return {i: self._health(i, operation) for i in offer_ids}
+
+    async def admit(
+        self, offer_id: str, operation: Operation, *, forced: bool = False
+    ) -> Permit | None:
+        """Take a slot, and the probe where the breaker is half open."""
+        health = self._health(offer_id, operation)
+        route = self._route(offer_id, operation)
+        credential = self._credential(offer_id)
+        now_ms = self.clock.monotonic_ms()
+        if forced:
+            if not self._may_force(route, health, now_ms):
+                return None
+            route.record = replace(route.record, forced_at_ms=now_ms)
+        elif not health.callable or health.slots_free < 1:
+            return None
+        probe = health.state is not BreakerState.CLOSED
+        self._next_id += 1
+        route.flights[self._next_id] = Flight(now_ms, probe)
+        credential.in_flight += 1
+        return Permit(self._next_id, offer_id, operation, probe)
+
+    async def report(self, permit: Permit, outcome: Outcome) -> None:
+        """Give the slot back, note how the call went, and let the next one in."""
+        route = self._route(permit.offer_id, permit.operation)
+        credential = self._credential(permit.offer_id)
+        flight = route.flights.pop(permit.id)
+        credential.in_flight -= 1
+        now_ms = self.clock.monotonic_ms()
+        if outcome.effect is Effect.OPEN_CREDENTIAL and outcome.kind is not None:
+            credential.record = breaker.credential_opened(
+                credential.record, outcome.kind, now_ms
+            )
+        if outcome.effect is Effect.GOOD:
+            credential.record = Record()
+        _fit_slots(credential, outcome)
+        route.record = breaker.after_call(
+            route.record, flight, outcome, now_ms, self.chance.fraction()
+        )
+        self._health(permit.offer_id, permit.operation)
+        self._wake_one()
+
+    async def wait_for_slot(self, at_most_s: float) -> bool:
+        """Wait, in turn, until a slot is given back."""
+        if len(self._waiting) >= WAITING_MAX_CALLS:
+            return False
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            async with asyncio.timeout(at_most_s):
+                await turn
+        except TimeoutError:
+            return False
+        finally:
+            if not turn.done():
+                turn.cancel()
+        return True
+
+    def _wake_one(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+
+    def _may_force(self, route: _Route, health: Health, now_ms: int) -> bool:
+        last_ms = route.record.forced_at_ms
+        rested = last_ms is None or now_ms - last_ms >= breaker.FORCED_EVERY_MS
+        return health.state is BreakerState.OPEN and rested
+
+    def _health(self, offer_id: str, operation: Operation) -> Health:
+        route = self._route(offer_id, operation)
+        credential = self._credential(offer_id)
+        now_ms = self.clock.monotonic_ms()
+        record = self._kept_honest(route, now_ms)
+        state, record_shown = breaker.state_of(record, now_ms), record
+        account = breaker.state_of(credential.record, now_ms)
+        if account is BreakerState.OPEN or (
+            account is BreakerState.HALF_OPEN and state is BreakerState.CLOSED
+        ):
+            state, record_shown = account, credential.record
+        probing = any(flight.probe for flight in route.flights.values())
+        if state is BreakerState.HALF_OPEN and probing:
+            state = BreakerState.OPEN
+            record_shown = replace(record_shown, reason="a probe is under way")
+        if state is not route.shown:
+            route.shown = state
+            self._tell(offer_id, state, record_shown.reason)
+        return Health(
+            state=state,
+            reason=record_shown.reason,
+            retry_at_ms=_retry_at_ms(state, record_shown),
+            slots_free=_slots_free(credential, route, now_ms),
+            in_flight=credential.in_flight,
+            usual_ms=record.usual_ms,
+            cost_ratio=record.learned_ratio,
+        )
+
+    def _kept_honest(self, route: _Route, now_ms: int) -> Record:
+        # A call that hangs tells nothing by itself: it is looked at whenever somebody
+        # asks, so that a black hole is seen before its calls come back.
+        record = route.record
+        if record.open_until_ms is None:
+            why = breaker.trouble(record, route.flights.values(), now_ms)
+            if why is not None:
+                record = breaker.opened(record, why, now_ms, self.chance.fraction())
+                route.record = record
+        return record
+
+    def _tell(self, offer_id: str, state: BreakerState, reason: str) -> None:
+        upstream = offer_id.partition("/")[0]
+        self.events.emit(BreakerChanged(offer_id, upstream, state.value, reason))
+
+    def _route(self, offer_id: str, operation: Operation) -> _Route:
+        return self._routes.setdefault((offer_id, operation), _Route())
+
+    def _credential(self, offer_id: str) -> _Credential:
+        upstream = offer_id.partition("/")[0]
+        found = self._credentials.get(upstream)
+        if found is None:
+            slots = self.slots[upstream]
+            found = self._credentials[upstream] = _Credential(slots, slots)
+        return found
+
+
+def _slots_free(credential: _Credential, route: _Route, now_ms: int) -> int:
+    free = int(credential.slots) - credential.in_flight
+    returning = breaker.reentry_slots(route.record, now_ms)
+    if returning is not None:
+        free = min(free, returning - len(route.flights))
+    return max(0, free)
+
+
+def _retry_at_ms(state: BreakerState, record: Record) -> int | None:
+    if state is BreakerState.OPEN:
+        return record.open_until_ms
+    return record.paused_until_ms if state is BreakerState.PAUSED else None
+
+
+def _fit_slots(credential: _Credential, outcome: Outcome) -> None:
+    # AIMD: shrink where the upstream says that it is too much, grow by one after a
+    # full round of successes. One slot always remains.
+    if outcome.kind in {FailureKind.RATE_LIMITED, FailureKind.TIMEOUT}:
+        credential.slots = max(1.0, credential.slots * breaker.SHRINK_SLOTS)
+        credential.good_run = 0
+        return
+    if outcome.effect is Effect.GOOD:
+        credential.good_run += 1
+        if credential.good_run >= credential.slots:
+            credential.slots = min(credential.slots_max, credential.slots + 1)
+            credential.good_run = 0

@@ -1,0 +1,108 @@
+"""One canonical JSON line per request and per attempt; nothing secret in any of them.
+
+A listener of events: it writes their fields, and events carry no prompt, picture or
+key. What upstreams said is cut and scrubbed all the same.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, MutableMapping
+from dataclasses import asdict
+from typing import Any, TextIO
+
+import msgspec
+import structlog
+
+from gateway.core.events import (
+    AttemptFinished,
+    BreakerChanged,
+    Event,
+    HoldRefused,
+    RequestFinished,
+    TaskFinished,
+)
+
+TEXT_MAX_CHARS = 500
+_SECRET = re.compile(
+    r"(iwk_live_[0-9A-Za-z]{2})[0-9A-Za-z]+|\bsk-[\w-]{8,}|(?i:bearer)\s+\S+"
+    r"|eyJ[\w-]+\.[\w-]+\.[\w-]*|data:[^,\s]{0,64},[A-Za-z0-9+/=]{64,}"
+    r"|(?<=signature=)[\w-]+"
+)
+_NAMES = {
+    RequestFinished: "request",
+    AttemptFinished: "attempt",
+    TaskFinished: "task",
+    BreakerChanged: "breaker",
+    HoldRefused: "hold_refused",
+}
+
+
+class LogListener:
+    """Writes events as lines."""
+
+    def __init__(self, out: TextIO = sys.stderr) -> None:
+        self._log = make_logger(out)
+
+    def on_event(self, event: Event) -> None:
+        """Write one event."""
+        fields = {k: v for k, v in asdict(event).items() if v is not None}
+        self._log.info(_NAMES[type(event)], **fields)
+
+    def on_crash(self, error: BaseException, where: str) -> None:
+        """Write down an error that nobody foresaw, with its traceback."""
+        self._log.error("crash", where=where, exc_info=error)
+
+    def note(self, what: str, **fields: object) -> None:
+        """Write a line about the process itself."""
+        self._log.info(what, **fields)
+
+
+def make_logger(out: TextIO) -> Any:  # noqa: ANN401 - structlog's own type
+    """Make a logger that writes JSON lines."""
+    return structlog.wrap_logger(
+        structlog.WriteLogger(out),
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
+            structlog.processors.format_exc_info,
+            _scrub,
+            _ordered,
+            structlog.processors.JSONRenderer(_encode),
+        ],
+        wrapper_class=structlog.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+
+
+def scrubbed(text: str) -> str:
+    """Take out whatever looks like a secret, and cut the rest to a bound."""
+    clean = _SECRET.sub(lambda m: f"{m[1] or ''}[secret]", text)
+    return clean if len(clean) <= TEXT_MAX_CHARS else clean[:TEXT_MAX_CHARS] + "…"
+
+
+def _scrub(
+    _logger: Any,  # noqa: ANN401 - structlog's signature
+    _method: str,
+    fields: MutableMapping[str, Any],
+) -> Mapping[str, Any]:
+    for name, value in fields.items():
+        if isinstance(value, str):
+            whole = name == "exception"
+            fields[name] = _SECRET.sub("[secret]", value) if whole else scrubbed(value)
+    return fields
+
+
+def _ordered(
+    _logger: Any,  # noqa: ANN401 - structlog's signature
+    _method: str,
+    fields: MutableMapping[str, Any],
+) -> Mapping[str, Any]:
+    # When and what first: a person reads the start of a line.
+    first = {name: fields.pop(name) for name in ("at", "level", "event")}
+    return {**first, **fields}
+
+
+def _encode(fields: object, **_: object) -> str:
+    return msgspec.json.encode(fields, enc_hook=str).decode()

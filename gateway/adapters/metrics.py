@@ -1,0 +1,159 @@
+"""Prometheus metrics, fed by events. Closed label sets: no tenant, key or raw path.
+
+Children are bound once and kept: looking labels up costs more than counting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+
+from gateway.core.events import (
+    AttemptFinished,
+    BreakerChanged,
+    Event,
+    HoldRefused,
+    RequestFinished,
+    TaskFinished,
+)
+
+NANO = 1e9
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 240, 300)
+"""Image calls take 5 to 300 seconds; the library's own buckets end at 10."""
+STATES = ("closed", "open", "half_open", "paused")
+disable_created_metrics()  # type: ignore[no-untyped-call]  # else two series per child
+METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"}
+
+
+class Metrics:
+    """Counts events; renders what it counted."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, doc: str, *labels: str) -> Callable[..., Counter]:
+            metric = Counter(f"imageway_{name}", doc, labels, registry=self.registry)
+            return cache(metric.labels)
+
+        def seconds(name: str, doc: str, *labels: str) -> Callable[..., Histogram]:
+            metric = Histogram(
+                f"imageway_{name}", doc, labels, registry=self.registry, buckets=SECONDS
+            )
+            return cache(metric.labels)
+
+        self._requests = counter(
+            "http_requests", "HTTP requests answered.", "route", "method", "status"
+        )
+        self._request_s = seconds(
+            "http_request_duration_seconds", "Time to answer.", "route"
+        )
+        self._attempts = counter(
+            "attempts", "Calls to upstreams.", "upstream", "variant", "outcome"
+        )
+        self._attempt_s = seconds(
+            "attempt_duration_seconds", "Time of a call to an upstream.", "upstream"
+        )
+        self._cost = counter(
+            "upstream_cost_usd",
+            "What upstreams charge the operator; billed says for which attempts.",
+            "upstream",
+            "billed",
+        )
+        self._tasks = counter("tasks", "Tasks finished.", "variant", "state", "served")
+        self._task_s = seconds("task_duration_seconds", "Life of a task.", "variant")
+        self._saved = counter(
+            "saved_by_fallback", "Tasks delivered after a failed attempt.", "variant"
+        )
+        self._images = counter("images", "Pictures delivered.", "variant")
+        self._tokens = counter("tokens", "Tokens settled.", "variant", "class")
+        self._charged = counter("charged_credits", "Credits charged.", "variant")
+        self._absorbed = counter(
+            "absorbed_credits", "Charges beyond hold and balance.", "variant"
+        )
+        self._estimated = counter(
+            "estimated_settlements", "Settled without reported usage.", "variant"
+        )
+        self._refused = counter("holds_refused", "Refused for credits.", "variant")
+        state = Gauge(
+            "imageway_breaker_state",
+            "1 for the state that the breaker is in.",
+            ("offer", "state"),
+            registry=self.registry,
+        )
+        self._state: Callable[..., Gauge] = cache(state.labels)
+        self._opened = counter("breaker_openings", "Breakers opened.", "offer")
+        self.drift = Gauge(
+            "imageway_ledger_drift_nanocredits",
+            "Sum of all drift that the last audit found; must be 0.",
+            registry=self.registry,
+        )
+
+    def known(self, offer_ids: list[str], variants: list[str]) -> None:
+        """Show every offer and variant from the start, at zero."""
+        for offer_id in offer_ids:
+            self._show_state(offer_id, "closed")
+        for variant in variants:
+            self._saved(variant)
+            self._images(variant)
+
+    def on_event(self, event: Event) -> None:
+        """Count one event."""
+        match event:
+            case RequestFinished():
+                self._on_request(event)
+            case AttemptFinished():
+                self._on_attempt(event)
+            case TaskFinished():
+                self._on_task(event)
+            case BreakerChanged():
+                self._show_state(event.offer_id, event.state)
+                if event.state == "open":
+                    self._opened(event.offer_id).inc()
+            case HoldRefused():
+                self._refused(event.variant).inc()
+
+    def render(self) -> tuple[bytes, str]:
+        """Write all metrics in Prometheus' text format; with its media type."""
+        return generate_latest(self.registry), CONTENT_TYPE_LATEST
+
+    def _on_request(self, event: RequestFinished) -> None:
+        method = event.method if event.method in METHODS else "other"
+        self._requests(event.route, method, str(event.status)).inc()
+        self._request_s(event.route).observe(event.duration_ms / 1000)
+
+    def _on_attempt(self, event: AttemptFinished) -> None:
+        self._attempts(event.upstream, event.variant, event.outcome).inc()
+        self._attempt_s(event.upstream).observe(event.duration_ms / 1000)
+        if event.cost_nanousd:
+            billed = "won" if event.outcome == "done" else event.billed
+            self._cost(event.upstream, billed).inc(event.cost_nanousd / NANO)
+
+    def _on_task(self, event: TaskFinished) -> None:
+        variant = event.variant
+        self._tasks(variant, event.state, event.served).inc()
+        self._task_s(variant).observe(event.duration_ms / 1000)
+        self._images(variant).inc(event.images)
+        self._charged(variant).inc(event.charged_nanocredits / NANO)
+        self._absorbed(variant).inc(event.absorbed_nanocredits / NANO)
+        if event.saved_by_fallback:
+            self._saved(variant).inc()
+        if event.usage_source == "estimated":
+            self._estimated(variant).inc()
+        if event.usage is not None:
+            for token_class in event.usage.__slots__:
+                count = getattr(event.usage, token_class)
+                self._tokens(variant, token_class).inc(count)
+
+    def _show_state(self, offer_id: str, state: str) -> None:
+        for each in STATES:
+            self._state(offer_id, each).set(each == state)

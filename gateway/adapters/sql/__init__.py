@@ -1,0 +1,1 @@
+"""SQL storage, written once for every engine."""

@@ -1,0 +1,125 @@
+"""Tenants and their keys, in SQL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway.adapters.sql.database import Database, Row, Transaction
+from gateway.core.errors import ConflictError, NotFoundError
+from gateway.core.ledger import Balance
+from gateway.ports import Key, Tenant
+
+
+@dataclass(frozen=True, slots=True)
+class SqlAccounts:
+    """The ``Accounts`` port over any SQL database."""
+
+    database: Database
+
+    async def add_tenant(self, tenant: Tenant, *, now_ms: int) -> None:
+        """See ``Accounts``; its account is opened with it, at zero."""
+        await self.database.write(lambda tx: _add_tenant(tx, tenant, now_ms))
+
+    async def tenant_named(self, name: str) -> Tenant | None:
+        """See ``Accounts``."""
+        row = await self.database.read(
+            lambda tx: tx.one("SELECT id, name FROM tenants WHERE name = $1", name)
+        )
+        return Tenant(*row) if row else None
+
+    async def tenants(self) -> Sequence[tuple[Tenant, Balance]]:
+        """See ``Accounts``."""
+        rows = await self.database.read(
+            lambda tx: tx.all(
+                """SELECT t.id, t.name, a.posted, a.held, a.spent
+                FROM tenants t JOIN accounts a ON a.tenant_id = t.id
+                ORDER BY t.name"""
+            )
+        )
+        return [(Tenant(*row[:2]), Balance(*row[2:])) for row in rows]
+
+    async def add_key(self, key: Key) -> None:
+        """See ``Accounts``.
+
+        Raises:
+            NotFoundError: there is no such tenant.
+            ConflictError: a key of that id or digest is there.
+        """
+        await self.database.write(lambda tx: _add_key(tx, key))
+
+    async def key_by_digest(self, digest: bytes) -> Key | None:
+        """See ``Accounts``."""
+        row = await self.database.read(
+            lambda tx: tx.one(
+                """SELECT id, tenant_id, digest, display, delivery,
+                    created_ms, revoked_ms
+                FROM keys WHERE digest = $1""",
+                digest,
+            )
+        )
+        return _key(row) if row else None
+
+    async def keys(self, tenant_id: str) -> Sequence[Key]:
+        """See ``Accounts``."""
+        rows = await self.database.read(
+            lambda tx: tx.all(
+                """SELECT id, tenant_id, digest, display, delivery,
+                    created_ms, revoked_ms
+                FROM keys WHERE tenant_id = $1 ORDER BY created_ms, id""",
+                tenant_id,
+            )
+        )
+        return [_key(row) for row in rows]
+
+    async def revoke_key(self, key_id: str, *, now_ms: int) -> bool:
+        """See ``Accounts``; a key revoked twice keeps the first time."""
+        changed = await self.database.write(
+            lambda tx: tx.run(
+                """UPDATE keys SET revoked_ms = COALESCE(revoked_ms, $2)
+                WHERE id = $1""",
+                key_id,
+                now_ms,
+            )
+        )
+        return changed > 0
+
+
+async def _add_tenant(tx: Transaction, tenant: Tenant, now_ms: int) -> None:
+    added = await tx.run(
+        """INSERT INTO tenants (id, name, created_ms) VALUES ($1, $2, $3)
+        ON CONFLICT DO NOTHING""",
+        tenant.id,
+        tenant.name,
+        now_ms,
+    )
+    if not added:
+        raise ConflictError(f"there is a tenant {tenant.name!r} already", param="name")
+    await tx.run(
+        """INSERT INTO accounts (tenant_id, posted, held, spent)
+        VALUES ($1, 0, 0, 0)""",
+        tenant.id,
+    )
+
+
+async def _add_key(tx: Transaction, key: Key) -> None:
+    if not await tx.one("SELECT id FROM tenants WHERE id = $1", key.tenant_id):
+        raise NotFoundError(f"there is no tenant {key.tenant_id!r}")
+    added = await tx.run(
+        """INSERT INTO keys
+            (id, tenant_id, digest, display, delivery, created_ms, revoked_ms)
+        VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING""",
+        key.id,
+        key.tenant_id,
+        key.digest,
+        key.display,
+        key.delivery,
+        key.created_ms,
+        key.revoked_ms,
+    )
+    if not added:
+        raise ConflictError(f"there is a key {key.id!r} or one equal to it already")
+
+
+def _key(row: Row) -> Key:
+    return Key(*row)

@@ -1,0 +1,207 @@
+"""The schema, as numbered steps that are applied once and never edited."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gateway.adapters.sql.database import Database, Dialect, Transaction
+
+
+class SchemaTooNewError(Exception):
+    """The database was written by a newer imageway than this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """One step. ``{blob}`` stands for the engine's type of bytes."""
+
+    statements: tuple[str, ...]
+    immutable_tables: tuple[str, ...] = ()
+
+
+MIGRATIONS = (
+    Migration(
+        statements=(
+            """CREATE TABLE tenants (
+                id TEXT PRIMARY KEY,
+                name TEXT NOT NULL UNIQUE,
+                created_ms BIGINT NOT NULL
+            )""",
+            """CREATE TABLE keys (
+                id TEXT PRIMARY KEY,
+                tenant_id TEXT NOT NULL REFERENCES tenants (id),
+                digest {blob} NOT NULL UNIQUE,
+                display TEXT NOT NULL,
+                delivery TEXT NOT NULL,
+                created_ms BIGINT NOT NULL,
+                revoked_ms BIGINT
+            )""",
+            "CREATE INDEX keys_by_tenant ON keys (tenant_id, created_ms)",
+            # A cache of the rows below, kept in the same transactions: the conditional
+            # UPDATE of it is what decides whether credits are there. The upper bound
+            # also catches SQLite's silent step from integer to float on overflow.
+            """CREATE TABLE accounts (
+                tenant_id TEXT PRIMARY KEY REFERENCES tenants (id),
+                posted BIGINT NOT NULL CHECK (posted <= 9223372036854775807),
+                held BIGINT NOT NULL CHECK (held >= 0),
+                spent BIGINT NOT NULL
+                    CHECK (spent >= 0 AND spent <= 9223372036854775807),
+                CHECK (posted - held >= 0)
+            )""",
+            """CREATE TABLE entries (
+                txn_id TEXT NOT NULL,
+                account TEXT NOT NULL,
+                nanocredits BIGINT NOT NULL CHECK (nanocredits <> 0),
+                kind TEXT NOT NULL CHECK (kind IN ('grant', 'charge')),
+                reference TEXT NOT NULL,
+                created_ms BIGINT NOT NULL,
+                PRIMARY KEY (txn_id, account)
+            )""",
+            "CREATE INDEX entries_by_account ON entries (account, created_ms)",
+            """CREATE TABLE grants (
+                tenant_id TEXT NOT NULL REFERENCES tenants (id),
+                reference TEXT NOT NULL,
+                nanocredits BIGINT NOT NULL CHECK (nanocredits > 0),
+                created_ms BIGINT NOT NULL,
+                PRIMARY KEY (tenant_id, reference)
+            )""",
+            # Holds do not point at tasks: the ledger outlives a task's metadata.
+            """CREATE TABLE holds (
+                task_id TEXT PRIMARY KEY,
+                tenant_id TEXT NOT NULL REFERENCES tenants (id),
+                nanocredits BIGINT NOT NULL CHECK (nanocredits > 0),
+                created_ms BIGINT NOT NULL,
+                expires_ms BIGINT NOT NULL
+            )""",
+            """CREATE TABLE settlements (
+                task_id TEXT PRIMARY KEY REFERENCES holds (task_id),
+                due BIGINT NOT NULL CHECK (due >= 0),
+                charged BIGINT NOT NULL CHECK (charged >= 0),
+                absorbed BIGINT NOT NULL CHECK (absorbed >= 0),
+                usage_source TEXT NOT NULL,
+                created_ms BIGINT NOT NULL,
+                CHECK (charged + absorbed = due)
+            )""",
+            """CREATE TABLE tasks (
+                id TEXT PRIMARY KEY,
+                tenant_id TEXT NOT NULL REFERENCES tenants (id),
+                key_id TEXT NOT NULL,
+                variant TEXT NOT NULL,
+                operation TEXT NOT NULL,
+                mode TEXT NOT NULL CHECK (mode IN ('sync', 'async')),
+                state TEXT NOT NULL CHECK (state IN
+                    ('pending', 'processing', 'completed', 'failed', 'cancelled')),
+                request_json TEXT NOT NULL,
+                route_json TEXT,
+                answer_json TEXT,
+                error_json TEXT,
+                text_input BIGINT,
+                text_cached BIGINT,
+                image_input BIGINT,
+                image_cached BIGINT,
+                image_output BIGINT,
+                created_ms BIGINT NOT NULL,
+                deadline_ms BIGINT NOT NULL,
+                finished_ms BIGINT,
+                CHECK ((finished_ms IS NULL) = (state IN ('pending', 'processing')))
+            )""",
+            """CREATE INDEX tasks_unfinished ON tasks (created_ms, id)
+                WHERE finished_ms IS NULL""",
+            "CREATE INDEX tasks_by_tenant ON tasks (tenant_id, created_ms)",
+            """CREATE TABLE attempts (
+                task_id TEXT NOT NULL REFERENCES tasks (id) ON DELETE CASCADE,
+                seq BIGINT NOT NULL CHECK (seq >= 1),
+                offer_id TEXT NOT NULL,
+                upstream TEXT NOT NULL,
+                state TEXT NOT NULL
+                    CHECK (state IN ('sending', 'accepted', 'done', 'failed')),
+                estimate_nanousd BIGINT NOT NULL,
+                started_ms BIGINT NOT NULL,
+                finished_ms BIGINT,
+                job_id TEXT,
+                kind TEXT,
+                upstream_status BIGINT,
+                upstream_code TEXT,
+                detail TEXT,
+                billed TEXT,
+                cost_nanousd BIGINT NOT NULL DEFAULT 0,
+                PRIMARY KEY (task_id, seq)
+            )""",
+            """CREATE TABLE results (
+                task_id TEXT NOT NULL REFERENCES tasks (id) ON DELETE CASCADE,
+                idx BIGINT NOT NULL CHECK (idx >= 0),
+                blob TEXT NOT NULL,
+                media_type TEXT NOT NULL,
+                size_bytes BIGINT NOT NULL,
+                width_px BIGINT NOT NULL,
+                height_px BIGINT NOT NULL,
+                inline BIGINT NOT NULL CHECK (inline IN (0, 1)),
+                expires_ms BIGINT NOT NULL,
+                revised_prompt TEXT,
+                PRIMARY KEY (task_id, idx)
+            )""",
+            """CREATE TABLE cost_book (
+                task_id TEXT NOT NULL,
+                seq BIGINT NOT NULL,
+                upstream TEXT NOT NULL,
+                variant TEXT NOT NULL,
+                kind TEXT NOT NULL CHECK (kind IN ('cost', 'waste')),
+                source TEXT NOT NULL,
+                nanousd BIGINT NOT NULL CHECK (nanousd >= 0),
+                unknown_outcome BIGINT NOT NULL CHECK (unknown_outcome IN (0, 1)),
+                created_ms BIGINT NOT NULL,
+                PRIMARY KEY (task_id, seq),
+                CHECK (unknown_outcome = 0 OR kind = 'waste')
+            )""",
+            # Covers the sum that every re-buy is decided by.
+            """CREATE INDEX cost_book_by_time
+                ON cost_book (created_ms, unknown_outcome, nanousd)""",
+        ),
+        immutable_tables=("entries", "grants", "holds", "settlements", "cost_book"),
+    ),
+)
+"""Step n of the schema stands at n - 1."""
+
+
+async def migrate(database: Database, *, now_ms: int) -> int:
+    """Bring the schema up to date, in one transaction; returns the steps applied.
+
+    Raises:
+        SchemaTooNewError: a newer imageway has been here; nothing was changed.
+        StoreFailedError: a step failed; nothing was changed.
+    """
+    dialect = database.dialect
+    return await database.write(lambda tx: _migrate(tx, dialect, now_ms))
+
+
+async def _migrate(tx: Transaction, dialect: Dialect, now_ms: int) -> int:
+    await tx.run(
+        """CREATE TABLE IF NOT EXISTS schema_migrations (
+            version BIGINT PRIMARY KEY, applied_ms BIGINT NOT NULL)"""
+    )
+    row = await tx.one("SELECT COALESCE(MAX(version), 0) FROM schema_migrations")
+    version: int = row[0] if row else 0
+    if version > len(MIGRATIONS):
+        raise SchemaTooNewError(
+            f"the database has schema {version}, this imageway knows schemas up to "
+            f"{len(MIGRATIONS)}: upgrade imageway"
+        )
+    for number, migration in enumerate(MIGRATIONS[version:], start=version + 1):
+        for statement in _statements(migration, dialect):
+            await tx.run(statement)
+        await tx.run(
+            "INSERT INTO schema_migrations (version, applied_ms) VALUES ($1, $2)",
+            number,
+            now_ms,
+        )
+    return len(MIGRATIONS) - version
+
+
+def _statements(migration: Migration, dialect: Dialect) -> list[str]:
+    made = [text.replace("{blob}", dialect.blob) for text in migration.statements]
+    guarded = [
+        text.replace("{table}", table)
+        for table in migration.immutable_tables
+        for text in dialect.immutable
+    ]
+    return made + guarded

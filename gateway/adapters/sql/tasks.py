@@ -1,0 +1,422 @@
+"""Tasks, holds, attempts and settlements in SQL: each call is one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway.adapters.sql.database import Database, Row, Transaction
+from gateway.adapters.sql.ledger import CHARGE, lock_account, write_entries
+from gateway.core.errors import (
+    ConflictError,
+    InsufficientCreditsError,
+    NotFoundError,
+)
+from gateway.core.ledger import Settled, settle, settlement_entries
+from gateway.core.limits import RiskBook
+from gateway.core.money import decimal_text
+from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
+from gateway.ports import (
+    AttemptEnd,
+    AttemptRecord,
+    NewAttempt,
+    NewTask,
+    StoredResult,
+    TaskEnd,
+    TaskRecord,
+)
+from providers.kit.contract import Billed, Usage
+
+HOLD_GRACE_MS = 900_000
+"""How long past its task's deadline a hold may stay open."""
+
+
+@dataclass(frozen=True, slots=True)
+class SqlTaskStore:
+    """The ``TaskStore`` port over any SQL database."""
+
+    database: Database
+
+    async def open(self, task: NewTask) -> None:
+        """See ``TaskStore``.
+
+        Raises:
+            InsufficientCreditsError: the tenant has less available than the hold.
+            NotFoundError: there is no such tenant.
+            ConflictError: there is a task of that id.
+        """
+        await self.database.write(lambda tx: _open(tx, task))
+
+    async def begin_attempt(
+        self, attempt: NewAttempt, route_json: str | None = None
+    ) -> None:
+        """See ``TaskStore``.
+
+        Raises:
+            ConflictError: the task is over, or the attempt was begun before: then
+                nothing may be sent.
+        """
+        await self.database.write(lambda tx: _begin_attempt(tx, attempt, route_json))
+
+    async def accept_attempt(self, task_id: str, seq: int, job_id: str) -> None:
+        """See ``TaskStore``; kept even if the attempt has been given up meanwhile.
+
+        Raises:
+            NotFoundError: there is no such attempt.
+        """
+        await self.database.write(lambda tx: _accept_attempt(tx, task_id, seq, job_id))
+
+    async def end_attempt(self, end: AttemptEnd) -> None:
+        """See ``TaskStore``; an attempt that has ended stays as it ended."""
+        await self.database.write(lambda tx: _end_attempt(tx, end))
+
+    async def finish(self, end: TaskEnd) -> Settled:
+        """See ``TaskStore``. A failed task costs its tenant nothing.
+
+        Raises:
+            NotFoundError: there is no such task.
+        """
+        assert end.state.final, end
+        assert end.due_nanocredits == 0 or end.state is not TaskState.FAILED, end
+        return await self.database.write(lambda tx: _finish(tx, end))
+
+    async def get(self, task_id: str) -> TaskRecord | None:
+        """See ``TaskStore``."""
+        return await self.database.read(lambda tx: _read_task(tx, task_id))
+
+    async def unfinished(self, limit: int) -> Sequence[TaskRecord]:
+        """See ``TaskStore``."""
+        return await self.database.read(lambda tx: _read_unfinished(tx, limit))
+
+    async def risk_book(self, since_ms: int) -> RiskBook:
+        """See ``TaskStore``."""
+        row = await self.database.read(
+            lambda tx: tx.one(
+                """SELECT
+                    CAST(COALESCE(SUM(unknown_outcome), 0) AS BIGINT),
+                    CAST(COALESCE(SUM(nanousd * unknown_outcome), 0) AS BIGINT),
+                    CAST(COALESCE(SUM(nanousd), 0) AS BIGINT)
+                FROM cost_book WHERE created_ms >= $1""",
+                since_ms,
+            )
+        )
+        return RiskBook(*row) if row else RiskBook(0, 0, 0)
+
+
+async def _open(tx: Transaction, task: NewTask) -> None:
+    # Condition and change are one statement, so no two can see the same credits.
+    held = await tx.run(
+        """UPDATE accounts SET held = held + $2
+        WHERE tenant_id = $1 AND posted - held >= $2""",
+        task.tenant_id,
+        task.hold_nanocredits,
+    )
+    if not held:
+        raise await _refusal(tx, task)
+    opened = await tx.run(
+        """INSERT INTO tasks (id, tenant_id, key_id, variant, operation, mode, state,
+            request_json, created_ms, deadline_ms)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+        ON CONFLICT DO NOTHING""",
+        task.id,
+        task.tenant_id,
+        task.key_id,
+        task.variant,
+        task.operation,
+        task.mode.value,
+        TaskState.PENDING.value,
+        task.request_json,
+        task.created_ms,
+        task.deadline_ms,
+    )
+    if not opened:
+        raise ConflictError(f"there is a task {task.id!r} already")
+    await tx.run(
+        """INSERT INTO holds (task_id, tenant_id, nanocredits, created_ms, expires_ms)
+        VALUES ($1, $2, $3, $4, $5)""",
+        task.id,
+        task.tenant_id,
+        task.hold_nanocredits,
+        task.created_ms,
+        task.deadline_ms + HOLD_GRACE_MS,
+    )
+
+
+async def _refusal(
+    tx: Transaction, task: NewTask
+) -> InsufficientCreditsError | NotFoundError:
+    row = await tx.one(
+        "SELECT posted - held FROM accounts WHERE tenant_id = $1", task.tenant_id
+    )
+    if row is None:
+        return NotFoundError(f"there is no tenant {task.tenant_id!r}")
+    needed, available = decimal_text(task.hold_nanocredits), decimal_text(row[0])
+    return InsufficientCreditsError(
+        f"this request may cost up to {needed} credits, and {available} are available",
+        extra={"estimated_credits": needed, "account_balance_credits": available},
+    )
+
+
+async def _begin_attempt(
+    tx: Transaction, attempt: NewAttempt, route_json: str | None
+) -> None:
+    running = await tx.run(
+        """UPDATE tasks SET state = $2, route_json = COALESCE($3, route_json)
+        WHERE id = $1 AND finished_ms IS NULL""",
+        attempt.task_id,
+        TaskState.PROCESSING.value,
+        route_json,
+    )
+    if not running:
+        raise ConflictError(f"task {attempt.task_id!r} is over")
+    begun = await tx.run(
+        """INSERT INTO attempts
+            (task_id, seq, offer_id, upstream, state, estimate_nanousd, started_ms)
+        VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING""",
+        attempt.task_id,
+        attempt.seq,
+        attempt.offer_id,
+        attempt.upstream,
+        AttemptState.SENDING.value,
+        attempt.estimate_nanousd,
+        attempt.started_ms,
+    )
+    if not begun:
+        raise ConflictError(
+            f"attempt {attempt.seq} of task {attempt.task_id!r} was begun before"
+        )
+
+
+async def _accept_attempt(tx: Transaction, task_id: str, seq: int, job_id: str) -> None:
+    accepted = await tx.run(
+        """UPDATE attempts SET job_id = $3,
+            state = CASE WHEN finished_ms IS NULL THEN $4 ELSE state END
+        WHERE task_id = $1 AND seq = $2""",
+        task_id,
+        seq,
+        job_id,
+        AttemptState.ACCEPTED.value,
+    )
+    if not accepted:
+        raise NotFoundError(f"there is no attempt {seq} of task {task_id!r}")
+
+
+async def _end_attempt(tx: Transaction, end: AttemptEnd) -> None:
+    row = await tx.one(
+        """UPDATE attempts SET state = $3, finished_ms = $4, billed = $5,
+            cost_nanousd = $6, kind = $7, upstream_status = $8, upstream_code = $9,
+            detail = $10
+        WHERE task_id = $1 AND seq = $2 AND finished_ms IS NULL
+        RETURNING upstream,
+            (SELECT variant FROM tasks WHERE tasks.id = attempts.task_id)""",
+        end.task_id,
+        end.seq,
+        end.state.value,
+        end.finished_ms,
+        end.billed.value,
+        end.cost_nanousd,
+        end.kind,
+        end.upstream_status,
+        end.upstream_code,
+        end.detail,
+    )
+    paid = end.won or end.cost_nanousd > 0 or end.billed is not Billed.NO
+    if row is not None and paid:
+        upstream, variant = row
+        await _book_cost(tx, end, upstream=upstream, variant=variant)
+
+
+async def _book_cost(
+    tx: Transaction, end: AttemptEnd, *, upstream: str, variant: str
+) -> None:
+    await tx.run(
+        """INSERT INTO cost_book (task_id, seq, upstream, variant, kind, source,
+            nanousd, unknown_outcome, created_ms)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)""",
+        end.task_id,
+        end.seq,
+        upstream,
+        variant,
+        "cost" if end.won else "waste",
+        end.cost_source,
+        end.cost_nanousd,
+        int(not end.won and end.billed is Billed.MAYBE),
+        end.finished_ms,
+    )
+
+
+async def _finish(tx: Transaction, end: TaskEnd) -> Settled:
+    hold = await tx.one(
+        "SELECT tenant_id, nanocredits FROM holds WHERE task_id = $1", end.task_id
+    )
+    if hold is None:
+        raise NotFoundError(f"there is no task {end.task_id!r}")
+    tenant_id, held = hold
+    # The account is locked before the settlement is looked at: whoever settles the
+    # same task meanwhile waits here, and then finds it settled.
+    before = await lock_account(tx, tenant_id)
+    earlier = await tx.one(
+        "SELECT charged, absorbed FROM settlements WHERE task_id = $1", end.task_id
+    )
+    if earlier is not None:
+        return Settled(*earlier)
+    after, settled = settle(before, held, end.due_nanocredits)
+    await tx.run(
+        """INSERT INTO settlements
+            (task_id, due, charged, absorbed, usage_source, created_ms)
+        VALUES ($1, $2, $3, $4, $5, $6)""",
+        end.task_id,
+        end.due_nanocredits,
+        settled.charged,
+        settled.absorbed,
+        end.usage_source,
+        end.finished_ms,
+    )
+    await tx.run(
+        """UPDATE accounts SET posted = $2, held = $3, spent = $4
+        WHERE tenant_id = $1""",
+        tenant_id,
+        after.posted,
+        after.held,
+        after.spent,
+    )
+    await write_entries(
+        tx,
+        settlement_entries(tenant_id, settled),
+        kind=CHARGE,
+        reference=end.task_id,
+        now_ms=end.finished_ms,
+    )
+    await _close_task(tx, end)
+    return settled
+
+
+async def _close_task(tx: Transaction, end: TaskEnd) -> None:
+    usage = end.usage
+    closed = await tx.run(
+        """UPDATE tasks SET state = $2, finished_ms = $3, answer_json = $4,
+            error_json = $5, text_input = $6, text_cached = $7, image_input = $8,
+            image_cached = $9, image_output = $10,
+            route_json = COALESCE($11, route_json)
+        WHERE id = $1 AND finished_ms IS NULL""",
+        end.task_id,
+        end.state.value,
+        end.finished_ms,
+        end.answer_json,
+        end.error_json,
+        usage.text_input if usage else None,
+        usage.text_cached if usage else None,
+        usage.image_input if usage else None,
+        usage.image_cached if usage else None,
+        usage.image_output if usage else None,
+        end.route_json,
+    )
+    assert closed == 1, end.task_id
+    if end.attempt is not None:
+        await _end_attempt(tx, end.attempt)
+    for result in end.results:
+        await _keep_result(tx, end.task_id, result)
+
+
+async def _keep_result(tx: Transaction, task_id: str, result: StoredResult) -> None:
+    await tx.run(
+        """INSERT INTO results (task_id, idx, blob, media_type, size_bytes, width_px,
+            height_px, inline, expires_ms, revised_prompt)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)""",
+        task_id,
+        result.index,
+        result.blob,
+        result.media_type,
+        result.size_bytes,
+        result.width_px,
+        result.height_px,
+        int(result.inline),
+        result.expires_ms,
+        result.revised_prompt,
+    )
+
+
+async def _read_unfinished(tx: Transaction, limit: int) -> list[TaskRecord]:
+    rows = await tx.all(
+        """SELECT id FROM tasks WHERE finished_ms IS NULL
+        ORDER BY created_ms, id LIMIT $1""",
+        limit,
+    )
+    found = [await _read_task(tx, row[0]) for row in rows]
+    return [task for task in found if task is not None]
+
+
+async def _read_task(tx: Transaction, task_id: str) -> TaskRecord | None:
+    row = await tx.one(
+        """SELECT t.id, t.tenant_id, t.key_id, t.variant, t.operation, t.mode, t.state,
+            t.request_json, t.route_json, t.answer_json, t.error_json,
+            t.text_input, t.text_cached, t.image_input, t.image_cached, t.image_output,
+            s.usage_source, h.nanocredits, s.charged, s.absorbed,
+            t.created_ms, t.deadline_ms, t.finished_ms
+        FROM tasks t JOIN holds h ON h.task_id = t.id
+        LEFT JOIN settlements s ON s.task_id = t.id
+        WHERE t.id = $1""",
+        task_id,
+    )
+    if row is None:
+        return None
+    attempts = await tx.all(
+        """SELECT seq, offer_id, upstream, state, estimate_nanousd, started_ms,
+            finished_ms, job_id, kind, upstream_status, upstream_code, detail, billed,
+            cost_nanousd
+        FROM attempts WHERE task_id = $1 ORDER BY seq""",
+        task_id,
+    )
+    results = await tx.all(
+        """SELECT idx, blob, media_type, size_bytes, width_px, height_px, inline,
+            expires_ms, revised_prompt
+        FROM results WHERE task_id = $1 ORDER BY idx""",
+        task_id,
+    )
+    return _task(row, attempts, results)
+
+
+def _task(row: Row, attempts: Sequence[Row], results: Sequence[Row]) -> TaskRecord:
+    (task_id, tenant_id, key_id, variant, operation, mode, state) = row[:7]
+    (request_json, route_json, answer_json, error_json) = row[7:11]
+    (usage_source, hold_nanocredits, charged, absorbed) = row[16:20]
+    (created_ms, deadline_ms, finished_ms) = row[20:]
+    return TaskRecord(
+        id=task_id,
+        tenant_id=tenant_id,
+        key_id=key_id,
+        variant=variant,
+        operation=operation,
+        mode=DeliveryMode(mode),
+        state=TaskState(state),
+        request_json=request_json,
+        route_json=route_json,
+        answer_json=answer_json,
+        error_json=error_json,
+        usage=_usage(row[11:16]),
+        usage_source=usage_source,
+        hold_nanocredits=hold_nanocredits,
+        charged_nanocredits=charged,
+        absorbed_nanocredits=absorbed,
+        created_ms=created_ms,
+        deadline_ms=deadline_ms,
+        finished_ms=finished_ms,
+        attempts=tuple(_attempt(each) for each in attempts),
+        results=tuple(_result(each) for each in results),
+    )
+
+
+def _usage(row: Row) -> Usage | None:
+    return None if row[0] is None else Usage(*row)
+
+
+def _attempt(row: Row) -> AttemptRecord:
+    seq, offer_id, upstream, state, *rest = row
+    return AttemptRecord(seq, offer_id, upstream, AttemptState(state), *rest)
+
+
+def _result(row: Row) -> StoredResult:
+    index, blob, media_type, size_bytes, width_px, height_px, inline, *rest = row
+    return StoredResult(
+        index, blob, media_type, size_bytes, width_px, height_px, bool(inline), *rest
+    )

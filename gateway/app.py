@@ -1,0 +1,432 @@
+"""Builds everything: the only place where flows meet adapters."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+import uvicorn
+from litestar import Litestar, Response
+from litestar.exceptions import HTTPException
+from litestar.types import ASGIApp, ControllerRouterHandler
+
+from gateway.adapters.blobs import DiskBlobs
+from gateway.adapters.clock import SystemChance, SystemClock
+from gateway.adapters.data_dir import DataDir, DataDirError
+from gateway.adapters.events import FanOut
+from gateway.adapters.hot_memory import MemoryBoard
+from gateway.adapters.logs import LogListener
+from gateway.adapters.metrics import Metrics
+from gateway.api.admin import AdminGate, admin_routes
+from gateway.api.credits import credit_routes
+from gateway.api.errors import internal_error, render_error
+from gateway.api.estimate import estimate_body, estimate_routes
+from gateway.api.front import Front
+from gateway.api.health import health_routes
+from gateway.api.http import AnyRequest, note_of
+from gateway.api.images import Generations, image_routes
+from gateway.api.links import Links, link_routes
+from gateway.api.models import model_routes
+from gateway.api.render import Renderer, route_facts
+from gateway.api.tasks import task_routes
+from gateway.books import Books, StartError, first_run, open_books
+from gateway.core.catalogue import Catalogue
+from gateway.core.errors import GatewayError, InvalidRequestError, NotFoundError
+from gateway.core.pricing import offer_cost_nanousd
+from gateway.core.requests import parse_generation
+from gateway.core.routing import Moment, decide
+from gateway.core.tokens import bound_usage
+from gateway.flows.dispatch import Dispatcher, candidate_facts
+from gateway.flows.generate import SYNC_DEADLINE_MS, Generate, wish_of
+from gateway.flows.keys import Authenticate
+from gateway.flows.recovery import Recovery
+from gateway.flows.results import RESULT_KEPT_MS, Results
+from gateway.flows.tasks import ReadTask
+from gateway.ports import TaskRecord, Tunable
+from gateway.settings import Settings, load_settings
+from gateway.workers import DRAIN_MAX_S, Loops, TaskRunner
+from providers.kit.contract import Provider
+from providers.kit.spool import SpoolFolder
+from providers.kit.wire import Tools, Wire
+from providers.registry import PROVIDERS
+
+KEEP_ALIVE_S = 75
+BACKLOG = 2048
+SWEEP_EVERY_S = 60.0
+EXPIRE_EVERY_S = 900.0
+AUDIT_EVERY_S = 3600.0
+CONNECTIONS_SPARE = 1.1
+RESULT_GRACE_MS = 1_800_000
+"""Links end after 24 h; the files are gone half an hour later."""
+
+
+def read_settings(config: Path | None, overrides: Mapping[str, str]) -> Settings:
+    """Read the configuration, and see that there is an adapter for every upstream."""
+    return load_settings(config, kinds=frozenset(PROVIDERS), overrides=overrides)
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """A gateway ready to serve."""
+
+    app: ASGIApp
+    runner: TaskRunner
+    loops: Loops
+    recovery: Recovery
+    catalogue: Catalogue
+    providers: Mapping[str, Provider]
+    wire: Wire
+    log: LogListener
+
+    async def close(self) -> None:
+        """Let work end, then give connections back."""
+        late = await self.runner.drain()
+        if late:
+            self.log.note("drain_timeout", tasks=late)
+        for provider in self.providers.values():
+            await provider.close()
+        await self.wire.close()
+
+
+def connect_providers(
+    settings: Settings, spool: Path
+) -> tuple[dict[str, Provider], Wire, Catalogue]:
+    """Build the adapters of all upstreams in use, and the catalogue they can do.
+
+    Raises:
+        StartError: an upstream's options are wrong.
+    """
+    chance = SystemChance()
+    connections = sum(upstream.max_concurrent for upstream in settings.upstreams)
+    wire = Wire(connections_max=int(connections * CONNECTIONS_SPARE) + 1)
+    tools = Tools(wire, SpoolFolder(spool), chance.fraction)
+    providers: dict[str, Provider] = {}
+    for upstream in settings.upstreams:
+        try:
+            providers[upstream.name] = PROVIDERS[upstream.kind](upstream.account, tools)
+        except ValueError as error:
+            raise StartError(f"upstream {upstream.name}: {error}") from error
+
+    catalogue = settings.catalogue(
+        lambda upstream, model: providers[upstream].capabilities(model)
+    )
+    return providers, wire, catalogue
+
+
+def build_gateway(settings: Settings, books: Books, log: LogListener) -> Gateway:
+    """Wire everything together."""
+    clock, chance, metrics = SystemClock(), SystemChance(), Metrics()
+    events = FanOut((metrics.on_event, log.on_event))
+    providers, wire, catalogue = connect_providers(settings, books.data_dir.spool)
+    offers = [offer for each in catalogue.offers.values() for offer in each]
+    metrics.known([offer.id for offer in offers], list(catalogue.variants))
+    board = MemoryBoard(
+        clock,
+        chance,
+        events,
+        slots={u.name: u.max_concurrent for u in settings.upstreams},
+    )
+    blobs = DiskBlobs(books.data_dir.results)
+    results = Results(blobs)
+    generate = Generate(
+        catalogue=catalogue,
+        store=books.tasks,
+        dispatcher=Dispatcher(providers, board, books.tasks, clock, events),
+        results=results,
+        clock=clock,
+        chance=chance,
+        events=events,
+        today=lambda: _today(clock),
+    )
+    runner = TaskRunner(generate, log.on_crash)
+    recovery = Recovery(books.tasks, clock)
+    authenticate = Authenticate(books.accounts, clock, books.secret)
+    links = Links(books.secret, settings.server.public_url)
+    renderer = Renderer(settings.nanocredits_per_usd)
+    gate = AdminGate(settings.server.admin_key)
+    generations = Generations(
+        catalogue=catalogue,
+        authenticate=authenticate,
+        generate=generate,
+        runner=runner,
+        results=results,
+        links=links,
+        renderer=renderer,
+    )
+    read_task = ReadTask(books.tasks, blobs, clock)
+
+    async def audited() -> None:
+        report = await books.audit()
+        drift = sum(abs(found.drift_nanocredits) for found in report.drifts)
+        metrics.drift.set(max(drift, len(report.drifts)))
+
+    async def expired() -> None:
+        await blobs.expire(clock.now_ms() - RESULT_KEPT_MS - RESULT_GRACE_MS)
+
+    inner = _litestar(
+        [
+            *image_routes(generations),
+            *estimate_routes(authenticate, catalogue, settings.nanocredits_per_usd),
+            *task_routes(authenticate, gate, read_task, links, renderer),
+            *credit_routes(authenticate, books.tenants),
+            *model_routes(authenticate, catalogue),
+            *link_routes(links, blobs, clock),
+            *admin_routes(gate, _sandboxes(providers)),
+            *health_routes(
+                {"database": _database_check(books), "disk": books.data_dir.trouble},
+                metrics.render,
+            ),
+        ],
+        log,
+    )
+    return Gateway(
+        app=Front(inner, clock, chance, events, log.on_crash),
+        runner=runner,
+        loops=Loops(
+            clock,
+            log.on_crash,
+            {
+                "overdue tasks": (SWEEP_EVERY_S, recovery.overdue),
+                "expired results": (EXPIRE_EVERY_S, expired),
+                "audit": (AUDIT_EVERY_S, audited),
+            },
+        ),
+        recovery=recovery,
+        catalogue=catalogue,
+        providers=providers,
+        wire=wire,
+        log=log,
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take the port.
+
+    Raises:
+        StartError: it cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    taken = socket.socket(family, socket.SOCK_STREAM)
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        taken.bind((host, port))
+        taken.listen(BACKLOG)
+    except OSError as error:
+        taken.close()
+        raise StartError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}. "
+            "Stop what uses it, or choose another with --port."
+        ) from error
+    return taken
+
+
+@asynccontextmanager
+async def started(
+    settings: Settings,
+) -> AsyncIterator[tuple[Gateway, socket.socket, str | None]]:
+    """Bring a gateway to where it can serve; also gives the first key, if new.
+
+    What a dead process left open is closed before the first request is taken.
+
+    Raises:
+        StartError: it cannot start.
+    """
+    log = LogListener()
+    listening = listen(settings.server.host, settings.server.port)
+    async with open_books(settings) as books:
+        try:
+            books.data_dir.lock()
+        except DataDirError as error:
+            raise StartError(str(error)) from error
+        # Only now: commands run beside a live gateway and its spools.
+        swept = SpoolFolder(books.data_dir.spool).sweep()
+        gateway = build_gateway(settings, books, log)
+        recovered = await gateway.recovery.after_start()
+        first = await first_run(books)
+        log.note("started", recovered_tasks=recovered, swept_spools=swept)
+        yield gateway, listening, first.secret if first else None
+    log.note("stopped")
+
+
+async def serve(
+    gateway: Gateway, listening: socket.socket, ready: Callable[[], None]
+) -> None:
+    """Serve until SIGTERM or SIGINT; then finish what is under way.
+
+    ``ready`` is called once requests are answered and signals are heard.
+    """
+    config = uvicorn.Config(
+        gateway.app,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(DRAIN_MAX_S),
+    )
+    loops = asyncio.create_task(gateway.loops.run())
+    try:
+        await _Server(config, ready).serve(sockets=[listening])
+    finally:
+        loops.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await loops
+        await gateway.close()
+
+
+class _Server(uvicorn.Server):
+    """A uvicorn that returns after a signal instead of raising it again.
+
+    There are books to be closed after the last answer.
+    """
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+
+def _litestar(handlers: list[ControllerRouterHandler], log: LogListener) -> Litestar:
+    def refused(request: AnyRequest, error: GatewayError) -> Response[bytes]:
+        note = note_of(request.scope)
+        note.error_code = error.code
+        rendered = render_error(error, note.id)
+        return Response(
+            rendered.body, status_code=rendered.status, headers=dict(rendered.headers)
+        )
+
+    def turned_away(request: AnyRequest, error: HTTPException) -> Response[bytes]:
+        return refused(request, _from_framework(error, request))
+
+    def crashed(request: AnyRequest, error: Exception) -> Response[bytes]:
+        log.on_crash(error, note_of(request.scope).id)
+        return refused(request, internal_error())
+
+    return Litestar(
+        handlers,
+        openapi_config=None,
+        logging_config=None,
+        exception_handlers={
+            GatewayError: refused,
+            HTTPException: turned_away,
+            Exception: crashed,
+        },
+    )
+
+
+def _from_framework(error: HTTPException, request: AnyRequest) -> GatewayError:
+    where = f"{request.method} {request.url.path[:200]}"
+    if error.status_code == 404:  # noqa: PLR2004
+        return NotFoundError(
+            f"There is nothing at {where}. Check the path and the base URL, which "
+            "ends in /v1.",
+            code="route_not_found",
+        )
+    code = {405: "method_not_allowed", 413: "request_too_large"}
+    refusal = InvalidRequestError(
+        f"{where} was not understood: {error.detail}.",
+        code=code.get(error.status_code, "invalid_request"),
+    )
+    refusal.status = error.status_code
+    return refusal
+
+
+def _sandboxes(providers: Mapping[str, Provider]) -> dict[str, Tunable]:
+    found = {name: getattr(p, "settings", None) for name, p in providers.items()}
+    return {name: tunable for name, tunable in found.items() if tunable is not None}
+
+
+def _database_check(books: Books) -> Callable[[], Awaitable[str | None]]:
+    async def check() -> str | None:
+        try:
+            await books.ledger.balance("")
+        except GatewayError as error:
+            return str(error)
+        return None
+
+    return check
+
+
+def _today(clock: SystemClock) -> str:
+    moment = datetime.fromtimestamp(clock.now_ms() / 1000, UTC)
+    return moment.date().isoformat()
+
+
+# --- what commands ask without a running gateway ---
+
+
+def checked_catalogue(settings: Settings) -> Catalogue:
+    """Build the catalogue as a gateway would.
+
+    Raises:
+        StartError: an upstream's options are wrong.
+    """
+    providers, _, catalogue = connect_providers(
+        settings, DataDir(settings.storage.data_dir).spool
+    )
+    del providers
+    return catalogue
+
+
+def estimated(settings: Settings, body: object) -> dict[str, object]:
+    """Price a request body, as ``POST /v1/estimate`` does."""
+    catalogue = Catalogue(variants=settings.variants, offers={})
+    return estimate_body(body, catalogue, settings.nanocredits_per_usd)
+
+
+def route_of(settings: Settings, body: object) -> list[dict[str, object]]:
+    """Tell where a fresh gateway would send a request body."""
+    catalogue = checked_catalogue(settings)
+    request = parse_generation(body, catalogue, prompt_optional=True)
+    each = bound_usage(request)
+    priced = [
+        (
+            offer,
+            offer_cost_nanousd(offer, each, request.size, request.quality, request.n),
+        )
+        for offer in catalogue.offers[request.variant.name]
+    ]
+    moment = Moment(_today(SystemClock()), SYNC_DEADLINE_MS)
+    decision = decide(wish_of(request), priced, {}, moment)
+    return [candidate_facts(candidate) for candidate in decision.all]
+
+
+def explained(record: TaskRecord) -> dict[str, object]:
+    """Show a stored decision and its attempts."""
+    return {
+        "task_id": record.id,
+        "variant": record.variant,
+        "state": record.state.value,
+        **route_facts(record),
+    }
+
+
+def as_json(body: dict[str, object]) -> str:
+    """Encode a body that holds exact numbers."""
+    return msgspec.json.encode(body).decode()

@@ -1,0 +1,103 @@
+"""Opens the store and builds the flows over it: all that most commands need.
+
+A part of the composition root, apart from ``app`` so that a command need not load the
+server, the upstreams' adapters and what they bring along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gateway.adapters.clock import SystemChance, SystemClock
+from gateway.adapters.data_dir import DataDir, DataDirError
+from gateway.adapters.sql.accounts import SqlAccounts
+from gateway.adapters.sql.ledger import SqlLedger
+from gateway.adapters.sql.migrations import SchemaTooNewError, migrate
+from gateway.adapters.sql.sqlite import SqliteDatabase
+from gateway.adapters.sql.tasks import SqlTaskStore
+from gateway.core.errors import GatewayError
+from gateway.core.money import NANO
+from gateway.flows.credits import ManageTenants
+from gateway.flows.keys import ManageKeys, NewKey
+from gateway.ports import Accounts, AuditReport
+from gateway.settings import Settings, load_settings
+
+FIRST_TENANT = "first"
+FIRST_CREDITS = 1_000
+
+
+class StartError(Exception):
+    """The gateway cannot start; the message is one line and says why."""
+
+
+def read_settings(config: Path | None, overrides: Mapping[str, str]) -> Settings:
+    """Read the configuration; whether there are adapters for it is not looked at."""
+    return load_settings(config, kinds=None, overrides=overrides)
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """What commands work with: the store and the flows over it."""
+
+    database: SqliteDatabase
+    accounts: Accounts
+    ledger: SqlLedger
+    tasks: SqlTaskStore
+    tenants: ManageTenants
+    keys: ManageKeys
+    data_dir: DataDir
+    secret: bytes
+
+    async def audit(self) -> AuditReport:
+        """Recompute every invariant from the rows."""
+        return await self.ledger.audit()
+
+
+@asynccontextmanager
+async def open_books(settings: Settings) -> AsyncIterator[Books]:
+    """Open the store, and bring its schema up to date.
+
+    Raises:
+        StartError: it cannot be opened.
+    """
+    if settings.storage.database != "sqlite":
+        raise StartError(
+            "storage.database: only sqlite is supported by this version. "
+            'Set database = "sqlite".'
+        )
+    clock, chance = SystemClock(), SystemChance()
+    data_dir = DataDir(settings.storage.data_dir)
+    try:
+        data_dir.prepare()
+        secret = data_dir.secret()
+        database = await SqliteDatabase.open(data_dir.database)
+    except (DataDirError, GatewayError) as error:
+        raise StartError(str(error)) from error
+    try:
+        await migrate(database, now_ms=clock.now_ms())
+        accounts, ledger = SqlAccounts(database), SqlLedger(database)
+        yield Books(
+            database=database,
+            accounts=accounts,
+            ledger=ledger,
+            tasks=SqlTaskStore(database),
+            tenants=ManageTenants(accounts, ledger, clock, chance),
+            keys=ManageKeys(accounts, clock, chance, secret),
+            data_dir=data_dir,
+            secret=secret,
+        )
+    except SchemaTooNewError as error:
+        raise StartError(str(error)) from error
+    finally:
+        await database.close()
+
+
+async def first_run(books: Books) -> NewKey | None:
+    """Make a first tenant with credits and a key, if there is no tenant at all."""
+    if await books.accounts.tenants():
+        return None
+    tenant = await books.tenants.create(FIRST_TENANT, nanocredits=FIRST_CREDITS * NANO)
+    return await books.keys.create(tenant)

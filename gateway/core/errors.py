@@ -1,0 +1,130 @@
+"""Every error that a client can meet. ``api/errors.py`` alone turns one into a body."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class GatewayError(Exception):
+    """An error meant for the client.
+
+    ``str(error)`` is safe to show and says what to do. ``code`` is stable.
+    ``extra`` goes into the ``error`` object beside the four OpenAI keys.
+    ``retry_after_s`` becomes Retry-After, in whole seconds.
+    ``client_may_retry`` False becomes ``x-should-retry: false``: a retry by the
+    client's library could buy twice or cannot help.
+    """
+
+    status = 500
+    type = "api_error"
+    code = "internal_error"
+    client_may_retry: bool | None = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+        extra: Mapping[str, object] | None = None,
+        client_may_retry: bool | None = None,
+    ) -> None:
+        super().__init__(message)
+        if client_may_retry is not None:
+            self.client_may_retry = client_may_retry
+        self.param = param
+        self.code = code or type(self).code
+        self.retry_after_s = retry_after_s
+        self.extra: Mapping[str, object] = extra or {}
+
+
+class InvalidRequestError(GatewayError):
+    """A part of the request is wrong; ``param`` names it."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class ContentRefusedError(GatewayError):
+    """Moderation refused the request. Not charged, not tried elsewhere."""
+
+    status = 400
+    type = "image_generation_user_error"
+    code = "moderation_blocked"
+    client_may_retry = False
+
+
+class UnauthorizedError(GatewayError):
+    """No key, or one that is not valid."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class InsufficientCreditsError(GatewayError):
+    """The tenant has less available than the request may cost."""
+
+    status = 402
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+    client_may_retry = False
+
+
+class ForbiddenError(GatewayError):
+    """The key may not do this."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "model_access_denied"
+
+
+class NotFoundError(GatewayError):
+    """What was asked for is not there (or belongs to another tenant)."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class ConflictError(GatewayError):
+    """The request contradicts the state of what it acts on."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
+class TooLargeError(GatewayError):
+    """The body is over its limit."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+
+class RateLimitedError(GatewayError):
+    """Too many requests; ``retry_after_s`` says when to come back."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class ServiceUnavailableError(GatewayError):
+    """Nothing can serve this now; ``retry_after_s`` says when to come back."""
+
+    status = 503
+    type = "api_error"
+    code = "service_unavailable"
+
+
+class DeadlineExceededError(GatewayError):
+    """The deadline passed before a picture was there."""
+
+    status = 504
+    type = "api_error"
+    code = "generation_timeout"
+    client_may_retry = False

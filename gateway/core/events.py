@@ -1,0 +1,84 @@
+"""What happened, for whoever counts, logs or traces it. Frozen, without secrets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from providers.kit.contract import Usage
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFinished:
+    """One HTTP request was answered. ``route`` is the template, never the raw path."""
+
+    request_id: str
+    method: str
+    route: str
+    status: int
+    duration_ms: int
+    error_code: str | None = None
+    task_id: str | None = None
+    tenant_id: str | None = None
+    key_id: str | None = None
+    client_gone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptFinished:
+    """One call of one task on one offer is over; ``outcome`` is done or a kind."""
+
+    task_id: str
+    seq: int
+    offer_id: str
+    upstream: str
+    variant: str
+    outcome: str
+    billed: str
+    duration_ms: int
+    cost_nanousd: int
+    upstream_status: int | None = None
+    upstream_code: str | None = None
+    detail: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFinished:
+    """One task is over, settled or voided.
+
+    ``served`` is what availability counts: ok (a picture or a moderation answer),
+    failed (our fault) or excluded (the client's).
+    """
+
+    task_id: str
+    variant: str
+    state: str
+    served: str
+    error_code: str | None
+    attempts: int
+    saved_by_fallback: bool
+    images: int
+    duration_ms: int
+    charged_nanocredits: int
+    absorbed_nanocredits: int
+    usage: Usage | None
+    usage_source: str
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerChanged:
+    """A breaker moved to another state."""
+
+    offer_id: str
+    upstream: str
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class HoldRefused:
+    """A request was turned away for want of credits."""
+
+    variant: str
+
+
+Event = RequestFinished | AttemptFinished | TaskFinished | BreakerChanged | HoldRefused

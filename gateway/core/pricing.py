@@ -1,0 +1,112 @@
+"""Turns tokens into money: the tenant's price and the operator's cost.
+
+Whole numbers of 1e-9 credits or dollars. The tenant's price is exact; the operator's
+cost is rounded up where it must be rounded at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gateway.core.catalogue import (
+    Offer,
+    PerImage,
+    PerMegapixel,
+    PerToken,
+    Usage,
+    Variant,
+)
+from gateway.core.money import usd_from_credits
+from gateway.core.requests import ImageRequest
+from gateway.core.sizes import Size
+from gateway.core.tokens import AUTO_SIZE, References, bound_usage, least_usage
+
+PIXELS_PER_MEGAPIXEL = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """What a number of tokens costs the tenant, for all pictures of a request."""
+
+    usage: Usage
+    nanocredits: int
+    nanousd: int
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """The range in which the charge will be. ``high`` is what is held."""
+
+    low: Quote
+    high: Quote
+
+
+def charge_nanocredits(usage: Usage, variant: Variant) -> int:
+    """Price a usage for the tenant, in nano-credits. Exact."""
+    return variant.price.total(usage)
+
+
+def hold_nanocredits(
+    request: ImageRequest, references: References | None = None
+) -> int:
+    """Return the most that a request can cost the tenant, in nano-credits."""
+    usage = bound_usage(request, references).times(request.n)
+    return charge_nanocredits(usage, request.variant)
+
+
+def estimate(
+    request: ImageRequest,
+    *,
+    nanocredits_per_usd: int,
+    references: References | None = None,
+) -> Estimate:
+    """Price a request before it is made.
+
+    A request without a prompt is priced without its text, as the product page does.
+    """
+    low, high = (
+        _quote(request, usage(request, references), nanocredits_per_usd)
+        for usage in (least_usage, bound_usage)
+    )
+    return Estimate(low=low, high=high)
+
+
+def offer_cost_nanousd(
+    offer: Offer, usage: Usage, size: Size | None, quality: str, n: int
+) -> int | None:
+    """Return what a request costs the operator at an offer, in nano-dollars.
+
+    Args:
+        offer: where it would be bought.
+        usage: tokens of one picture.
+        size: pixels of one picture; None when the model chooses.
+        quality: as requested, ``auto`` included.
+        n: number of pictures.
+
+    Returns:
+        None when the offer's cost card does not say. That is not zero: such an offer
+        cannot be compared, so it cannot be bought.
+    """
+    assert n >= 1, n
+    card = offer.cost
+    if isinstance(card, PerToken):
+        return card.price.total(usage) * n
+    if isinstance(card, PerMegapixel):
+        area_px = (size or AUTO_SIZE).area_px
+        return -(-card.nanousd * area_px // PIXELS_PER_MEGAPIXEL) * n
+    each = _image_nanousd(card, size, quality)
+    return None if each is None else each * n
+
+
+def _image_nanousd(card: PerImage, size: Size | None, quality: str) -> int | None:
+    pixels = size.text if size else "auto"
+    for row in (f"{quality}/{pixels}", f"{quality}/*", f"*/{pixels}"):
+        if row in card.table:
+            return card.table[row]
+    return card.flat
+
+
+def _quote(request: ImageRequest, each: Usage, nanocredits_per_usd: int) -> Quote:
+    usage = each.times(request.n)
+    nanocredits = charge_nanocredits(usage, request.variant)
+    return Quote(usage, nanocredits, usd_from_credits(nanocredits, nanocredits_per_usd))

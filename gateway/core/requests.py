@@ -1,0 +1,334 @@
+"""Reads a generation request: every rule of the contract, in one place. Pure.
+
+Nothing is fetched, held or bought before a request has passed here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from gateway.core.catalogue import Catalogue, Operation, Variant
+from gateway.core.errors import InvalidRequestError, NotFoundError
+from gateway.core.sizes import Size, resolve_size, shown
+
+DEFAULT_MODEL = "gpt-image-2"
+PROMPT_MAX_CHARS = 32_000
+"""In Unicode code points, whatever their length in bytes."""
+IDENTIFIER_MAX_CHARS = 512
+IMAGE_URL_MAX_CHARS = 20_971_520
+"""Room for a data URL; the contract of the JSON edit body."""
+CALLBACK_URL_MAX_CHARS = 2048
+COMPRESSION_MAX = 100
+PARTIAL_IMAGES_MAX = 3
+IGNORED_MAX = 32
+"""So many unknown fields are named to the client; they travel in one header."""
+IGNORED_MAX_CHARS = 64
+
+OUTPUT_FORMATS = ("png", "jpeg", "webp")
+BACKGROUNDS = ("auto", "opaque", "transparent")
+MODERATIONS = ("auto", "low")
+RESPONSE_FORMATS = ("url", "b64_json")
+IMAGE_URL_SCHEMES = ("https://", "http://", "data:")
+KNOWN_FIELDS = frozenset(
+    {
+        "background",
+        "callback_url",
+        "image_urls",
+        "mask_url",
+        "model",
+        "moderation",
+        "n",
+        "output_compression",
+        "output_format",
+        "partial_images",
+        "prompt",
+        "quality",
+        "resolution",
+        "response_format",
+        "safety_identifier",
+        "size",
+        "stream",
+        "user",
+    }
+)
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_UNPRINTED = re.compile(r"[\x00-\x20\x7f]")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRequest:
+    """A request that keeps every rule.
+
+    ``size`` None lets the model choose; ``quality`` is one of the variant's, or
+    ``auto``. Fields that are None were not given. ``ignored`` names the fields that
+    had no effect, fit for a header.
+    """
+
+    variant: Variant
+    prompt: str
+    size: Size | None
+    quality: str
+    n: int = 1
+    output_format: str = "png"
+    background: str | None = None
+    output_compression: int | None = None
+    moderation: str | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    response_format: str | None = None
+    image_urls: tuple[str, ...] = ()
+    mask_url: str | None = None
+    callback_url: str | None = None
+    stream: bool = False
+    partial_images: int = 0
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def operation(self) -> Operation:
+        """What is asked of the model: references make it an edit."""
+        return Operation.EDIT if self.image_urls else Operation.GENERATE
+
+
+def parse_generation(
+    body: object, catalogue: Catalogue, *, prompt_optional: bool = False
+) -> ImageRequest:
+    """Check a decoded JSON body against every rule; ``null`` counts as not given.
+
+    Args:
+        body: whatever the JSON held.
+        catalogue: the variants to choose from.
+        prompt_optional: let the prompt be missing, and then empty: for estimates.
+
+    Raises:
+        InvalidRequestError: a field breaks a rule; ``param`` names it, and is None
+            when the body is no object at all.
+        NotFoundError: there is no such model, or it is retired.
+    """
+    if not isinstance(body, Mapping):
+        raise InvalidRequestError(
+            'The body must be a JSON object such as {"prompt": "a lighthouse"}.',
+            code="invalid_body",
+        )
+    fields = {str(name): value for name, value in body.items() if value is not None}
+    variant = _variant(fields, catalogue)
+    prompt = _prompt(fields, required=not prompt_optional)
+    size_text = _text(fields, "size")
+    size = resolve_size(
+        "auto" if size_text is None else size_text,
+        fields.get("resolution"),
+        variant.token_rule,
+    )
+    quality = _choice(fields, "quality", ("auto", *variant.tile_bases))
+    output_format = _choice(fields, "output_format", OUTPUT_FORMATS) or "png"
+    image_urls = _image_urls(fields, variant.references_max)
+    return ImageRequest(
+        variant=variant,
+        prompt=prompt,
+        size=size,
+        quality=quality or variant.default_quality,
+        n=_whole(fields, "n", 1, variant.n_max) or 1,
+        output_format=output_format,
+        background=_background(fields, output_format),
+        output_compression=_compression(fields, output_format),
+        moderation=_choice(fields, "moderation", MODERATIONS),
+        user=_identifier(fields, "user"),
+        safety_identifier=_identifier(fields, "safety_identifier"),
+        response_format=_choice(fields, "response_format", RESPONSE_FORMATS),
+        image_urls=image_urls,
+        mask_url=_mask_url(fields) if image_urls else None,
+        callback_url=_callback_url(fields),
+        stream=_flag(fields, "stream"),
+        partial_images=_whole(fields, "partial_images", 0, PARTIAL_IMAGES_MAX) or 0,
+        ignored=_ignored(fields, has_references=bool(image_urls)),
+    )
+
+
+def _variant(fields: Mapping[str, object], catalogue: Catalogue) -> Variant:
+    name = _text(fields, "model")
+    if name is None:
+        name = DEFAULT_MODEL
+    variant = catalogue.variant(name)
+    live = ", ".join(v.name for v in catalogue.variants.values() if not v.retired)
+    if variant is None:
+        raise NotFoundError(
+            f"The model {shown(name)} does not exist here. Available: {live}.",
+            param="model",
+            code="model_not_found",
+        )
+    if variant.retired:
+        since = f" on {variant.shutdown_on}" if variant.shutdown_on else ""
+        raise NotFoundError(
+            f"The model {variant.name} was shut down{since}. "
+            f"Use {variant.successor or live} instead.",
+            param="model",
+            code="model_retired",
+            extra={"fallback_suggestion": variant.successor or live},
+        )
+    return variant
+
+
+def _prompt(fields: Mapping[str, object], *, required: bool) -> str:
+    prompt = _text(fields, "prompt")
+    if prompt is None or not prompt.strip():
+        if required:
+            raise _wrong("prompt", "is required: describe the picture in words")
+        return ""
+    if len(prompt) > PROMPT_MAX_CHARS:
+        raise _wrong(
+            "prompt",
+            f"may have at most {PROMPT_MAX_CHARS:,} characters, "
+            f"and this one has {len(prompt):,}",
+        )
+    if "\x00" in prompt:
+        raise _wrong("prompt", "must not contain the character U+0000")
+    return prompt
+
+
+def _background(fields: Mapping[str, object], output_format: str) -> str | None:
+    background = _choice(fields, "background", BACKGROUNDS)
+    if background == "transparent" and output_format == "jpeg":
+        raise _wrong(
+            "background",
+            "can be transparent only with output_format png or webp, not jpeg",
+        )
+    return background
+
+
+def _compression(fields: Mapping[str, object], output_format: str) -> int | None:
+    compression = _whole(fields, "output_compression", 0, COMPRESSION_MAX)
+    if compression is not None and output_format == "png":
+        raise _wrong(
+            "output_compression",
+            "applies to output_format jpeg or webp only: "
+            "leave it out, or choose one of these",
+        )
+    return compression
+
+
+def _identifier(fields: Mapping[str, object], name: str) -> str | None:
+    text = _text(fields, name)
+    if text is not None and len(text) > IDENTIFIER_MAX_CHARS:
+        raise _wrong(name, f"may have at most {IDENTIFIER_MAX_CHARS} characters")
+    return text
+
+
+def _image_urls(fields: Mapping[str, object], count_max: int) -> tuple[str, ...]:
+    urls = fields.get("image_urls")
+    if urls is None:
+        return ()
+    if not isinstance(urls, list) or not 1 <= len(urls) <= count_max:
+        raise _wrong("image_urls", f"must be an array of 1 to {count_max} URLs")
+    return tuple(
+        _image_url({name: url}, name)
+        for name, url in ((f"image_urls[{i}]", url) for i, url in enumerate(urls))
+    )
+
+
+def _mask_url(fields: Mapping[str, object]) -> str | None:
+    return _image_url(fields, "mask_url") if "mask_url" in fields else None
+
+
+def _image_url(fields: Mapping[str, object], name: str) -> str:
+    url = _text(fields, name) or ""
+    if len(url) > IMAGE_URL_MAX_CHARS:
+        raise _wrong(name, f"may have at most {IMAGE_URL_MAX_CHARS:,} characters")
+    if not url[:8].lower().startswith(IMAGE_URL_SCHEMES):
+        raise _wrong(name, "must be a URL that starts with https://, http:// or data:")
+    return url
+
+
+def _callback_url(fields: Mapping[str, object]) -> str | None:
+    url = _text(fields, "callback_url")
+    if url is None:
+        return None
+    if len(url) > CALLBACK_URL_MAX_CHARS:
+        raise _wrong(
+            "callback_url", f"may have at most {CALLBACK_URL_MAX_CHARS:,} characters"
+        )
+    if _UNPRINTED.search(url) or not _is_https(url):
+        raise _wrong(
+            "callback_url", "must be an https URL such as https://example.com/hook"
+        )
+    return url
+
+
+def _is_https(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme == "https" and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def _ignored(fields: Mapping[str, object], *, has_references: bool) -> tuple[str, ...]:
+    known = KNOWN_FIELDS if has_references else KNOWN_FIELDS - {"mask_url"}
+    names = [name for name in fields if name not in known][:IGNORED_MAX]
+    return tuple(ascii(name[:IGNORED_MAX_CHARS])[1:-1] for name in names)
+
+
+# --- one field of one type ---
+
+
+def _text(fields: Mapping[str, object], name: str) -> str | None:
+    value = fields.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise _wrong(name, f"must be a string, not {_json_type(value)}")
+    if not value.isascii() and _SURROGATE.search(value):
+        raise _wrong(name, "must be valid Unicode: it has half of a surrogate pair")
+    return value
+
+
+def _choice(
+    fields: Mapping[str, object], name: str, allowed: Collection[str]
+) -> str | None:
+    value = _text(fields, name)
+    if value is None:
+        return None
+    if value not in allowed:
+        raise _wrong(name, f"must be one of {', '.join(allowed)}, not {shown(value)}")
+    return value
+
+
+def _whole(fields: Mapping[str, object], name: str, low: int, high: int) -> int | None:
+    value = fields.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _wrong(
+            name,
+            f"must be a whole number from {low} to {high}, not {_json_type(value)}",
+        )
+    if not low <= value <= high:
+        raise _wrong(name, f"must be a whole number from {low} to {high}")
+    return value
+
+
+def _flag(fields: Mapping[str, object], name: str) -> bool:
+    value = fields.get(name)
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise _wrong(name, f"must be true or false, not {_json_type(value)}")
+    return value
+
+
+def _json_type(value: object) -> str:
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number with a fraction",
+        str: "a string",
+        list: "an array",
+        dict: "an object",
+    }
+    return names.get(type(value), "something else")
+
+
+def _wrong(name: str, rule: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{name} {rule}.", param=name)

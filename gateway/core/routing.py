@@ -1,0 +1,202 @@
+"""Which offer to try, in which order, and why. Pure.
+
+Prices and health come in, an explained order goes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from gateway.core.breaker import BreakerState, Health
+from gateway.core.catalogue import Offer
+from providers.kit.contract import Capabilities, FailureKind, Operation
+
+ATTEMPTS_MAX = 3
+RATIO_SCALE = 1_000_000
+
+
+class Next(Enum):
+    """Whether a failed request is tried at another offer."""
+
+    NEVER = "never"
+    YES = "yes"
+    ONCE = "once"
+    IF_AFFORDABLE = "if_affordable"
+    """Once, and only while such second purchases stay a small share of the spend."""
+
+
+NEXT_BY_KIND: Mapping[FailureKind, Next] = {
+    FailureKind.INVALID_REQUEST: Next.NEVER,
+    FailureKind.CONTENT_POLICY: Next.NEVER,
+    FailureKind.UNSUPPORTED: Next.YES,
+    FailureKind.AUTH: Next.YES,
+    FailureKind.INSUFFICIENT_FUNDS: Next.YES,
+    FailureKind.RATE_LIMITED: Next.YES,
+    FailureKind.OVERLOADED: Next.YES,
+    FailureKind.BAD_GATEWAY: Next.YES,
+    FailureKind.NETWORK: Next.YES,
+    FailureKind.TIMEOUT: Next.IF_AFFORDABLE,
+    FailureKind.NO_OUTPUT: Next.ONCE,
+    FailureKind.RESULT_LOST: Next.NEVER,
+}
+NEEDS_BUDGET = frozenset(
+    {
+        FailureKind.OVERLOADED,
+        FailureKind.BAD_GATEWAY,
+        FailureKind.NETWORK,
+        FailureKind.TIMEOUT,
+        FailureKind.NO_OUTPUT,
+    }
+)
+"""Kinds after which a further attempt could pile load onto a struggling pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a request needs an offer to be able to do."""
+
+    operation: Operation
+    size: tuple[int, int] | None
+    quality: str
+    n: int
+    output_format: str
+    background: str | None = None
+    references: int = 0
+    mask: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One offer as the decision saw it.
+
+    ``cost_nanousd`` is the estimate for the whole request times the learned ratio,
+    None when it is not known. ``reason`` says why it was left out; empty when it may
+    be tried. ``waits`` marks one that is only out of slots for the moment.
+    """
+
+    offer: Offer
+    cost_nanousd: int | None
+    state: BreakerState
+    reason: str = ""
+    retry_at_ms: int | None = None
+    waits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Every offer of the variant: those to try, in order, then those left out."""
+
+    ranked: tuple[Candidate, ...]
+    left_out: tuple[Candidate, ...]
+
+    @property
+    def all(self) -> tuple[Candidate, ...]:
+        """Every candidate."""
+        return self.ranked + self.left_out
+
+    @property
+    def soonest_retry_ms(self) -> int | None:
+        """When the first of those left out may be called again."""
+        times = [c.retry_at_ms for c in self.left_out if c.retry_at_ms is not None]
+        return min(times, default=None)
+
+
+def cannot(capabilities: Capabilities, wish: Wish) -> str | None:
+    """Say what an offer cannot do of a wish; None if it can do all of it."""
+    size = f"{wish.size[0]}x{wish.size[1]}" if wish.size else "auto"
+    checks = {
+        f"cannot {wish.operation.value}": wish.operation in capabilities.operations,
+        f"cannot make size {size}": not capabilities.sizes
+        or wish.size in capabilities.sizes,
+        f"cannot make quality {wish.quality}": not capabilities.qualities
+        or wish.quality in capabilities.qualities,
+        f"cannot make a {wish.output_format}": wish.output_format
+        in capabilities.output_formats,
+        f"cannot make a {wish.background} background": wish.background
+        in {None, "auto", *capabilities.backgrounds},
+        f"takes at most {capabilities.references_max} references": wish.references
+        <= capabilities.references_max,
+        "cannot use a mask": capabilities.mask or not wish.mask,
+    }
+    return next((reason for reason, fine in checks.items() if not fine), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """When a decision is taken: today's date, and how long there is left."""
+
+    today: str
+    left_ms: int
+
+
+def decide(
+    wish: Wish,
+    priced: Iterable[tuple[Offer, int | None]],
+    health: Mapping[str, Health],
+    moment: Moment,
+    *,
+    tried: frozenset[str] = frozenset(),
+) -> Decision:
+    """Order the offers that can be tried, the cheapest first, and explain the rest.
+
+    Of two that cost the same, the one with fewer calls in flight goes first; then the
+    id decides, so that the order never depends on chance. ``health`` has no entry for
+    an offer that nobody has called yet.
+    """
+    ranked: list[Candidate] = []
+    left_out: list[Candidate] = []
+    for offer, cost_nanousd in priced:
+        seen = health.get(offer.id, Health())
+        candidate = _judged(wish, offer, cost_nanousd, seen, moment, tried)
+        (left_out if candidate.reason else ranked).append(candidate)
+
+    def order(candidate: Candidate) -> tuple[int, int, str]:
+        busy = health.get(candidate.offer.id, Health()).in_flight
+        return candidate.cost_nanousd or 0, busy, candidate.offer.id
+
+    return Decision(
+        tuple(sorted(ranked, key=order)),
+        tuple(sorted(left_out, key=lambda c: c.offer.id)),
+    )
+
+
+def _judged(
+    wish: Wish,
+    offer: Offer,
+    cost_nanousd: int | None,
+    health: Health,
+    moment: Moment,
+    tried: frozenset[str],
+) -> Candidate:
+    adjusted = None
+    if cost_nanousd is not None:
+        ratio = round(health.cost_ratio * RATIO_SCALE)
+        adjusted = -(-cost_nanousd * ratio // RATIO_SCALE)
+    reason = cannot(offer.capabilities, wish)
+    if reason is None and adjusted is None:
+        reason = "cost unknown for this size and quality"
+    if reason is None and offer.id in tried:
+        reason = "already tried"
+    if reason is None:
+        reason = _not_now(offer, health, moment)
+    waits = reason is None and health.slots_free < 1
+    return Candidate(
+        offer,
+        adjusted,
+        health.state,
+        reason="no free slot" if waits else reason or "",
+        retry_at_ms=health.retry_at_ms,
+        waits=waits,
+    )
+
+
+def _not_now(offer: Offer, health: Health, moment: Moment) -> str | None:
+    if offer.sunset_on is not None and moment.today >= offer.sunset_on:
+        return f"ended at this upstream on {offer.sunset_on}"
+    if not health.callable:
+        return f"{health.state.value}: {health.reason}".rstrip(": ")
+    if health.usual_ms is not None and moment.left_ms < health.usual_ms:
+        return "usually takes longer than the time left"
+    return None

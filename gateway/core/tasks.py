@@ -1,0 +1,100 @@
+"""A task's life: its states, its attempts, and what a crash leaves to be done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+TASK_ID_PREFIX = "task-unified-"
+TASK_ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
+TASK_ID_CHARS = 8
+
+
+class TaskState(Enum):
+    """Where a task is. The last three are final."""
+
+    PENDING = "pending"
+    PROCESSING = "processing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        """Whether nothing can happen to the task any more."""
+        return self in {TaskState.COMPLETED, TaskState.FAILED, TaskState.CANCELLED}
+
+
+class DeliveryMode(Enum):
+    """How the client gets the pictures: in the answer, or later by task id."""
+
+    SYNC = "sync"
+    ASYNC = "async"
+
+
+class AttemptState(Enum):
+    """Where an attempt is; committed before each step that it names."""
+
+    SENDING = "sending"
+    """The first byte may be out: from here the outcome may be unknown."""
+
+    ACCEPTED = "accepted"
+    """The upstream gave a job id: re-attach, never resubmit."""
+
+    DONE = "done"
+    FAILED = "failed"
+
+
+class Recovery(Enum):
+    """What is to be done with a task whose process died."""
+
+    ROUTE_AGAIN = "route_again"
+    """Nothing was sent: start over."""
+
+    REATTACH = "reattach"
+    """A job id is known: go on polling it."""
+
+    GIVE_UP = "give_up"
+    """It may have been bought, and the result cannot be had: fail it, void the hold,
+    and book the attempt as possible waste."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptTrace:
+    """As much of an attempt as recovery needs."""
+
+    state: AttemptState
+    job_id: str | None = None
+
+
+def after_crash(mode: DeliveryMode, attempts: Iterable[AttemptTrace]) -> Recovery:
+    """Decide what becomes of an unfinished task found after a crash.
+
+    A sync task's client lost its connection with the process and holds no task id:
+    nothing is bought for it any more, but what has a job id is still fetched.
+    """
+    trail = list(attempts)
+    if any(a.state is AttemptState.ACCEPTED for a in trail):
+        return Recovery.REATTACH
+    if any(a.state is AttemptState.SENDING for a in trail):
+        return Recovery.GIVE_UP
+    return Recovery.GIVE_UP if mode is DeliveryMode.SYNC else Recovery.ROUTE_AGAIN
+
+
+def task_id_for(created_s: int, suffix: str) -> str:
+    """Build a task id, ``task-unified-<unix>-<8>``."""
+    assert len(suffix) == TASK_ID_CHARS, suffix
+    return f"{TASK_ID_PREFIX}{created_s}-{suffix}"
+
+
+def is_task_id(text: str) -> bool:
+    """Tell whether a text has the form of a task id."""
+    stamp, _, suffix = text.removeprefix(TASK_ID_PREFIX).partition("-")
+    return (
+        text.startswith(TASK_ID_PREFIX)
+        and stamp.isascii()
+        and stamp.isdigit()
+        and len(suffix) == TASK_ID_CHARS
+        and all(char in TASK_ID_ALPHABET for char in suffix)
+    )

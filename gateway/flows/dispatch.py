@@ -1,0 +1,468 @@
+"""Buys pictures at the cheapest healthy offer, and goes to the next when one fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field, replace
+
+from gateway.core import limits, routing
+from gateway.core.breaker import BreakerState, Outcome
+from gateway.core.catalogue import Offer, PerToken
+from gateway.core.events import AttemptFinished
+from gateway.core.money import decimal_text
+from gateway.core.routing import Candidate, Decision, Moment, Next, Wish
+from gateway.core.tasks import AttemptState
+from gateway.ports import (
+    AttemptEnd,
+    Clock,
+    Events,
+    HealthBoard,
+    NewAttempt,
+    Permit,
+    TaskStore,
+)
+from providers.kit.contract import (
+    Billed,
+    Done,
+    FailureKind,
+    ImageJob,
+    MadeImage,
+    Pending,
+    Provider,
+    ProviderError,
+)
+
+ATTEMPT_MAX_MS = 240_000
+ANSWER_RESERVE_MS = 5_000
+"""Kept back from the deadline for storing, settling and answering."""
+POLL_MIN_S = 0.2
+POLL_FAILURES_MAX = 30
+REREADABLE = frozenset(
+    {
+        FailureKind.NETWORK,
+        FailureKind.TIMEOUT,
+        FailureKind.BAD_GATEWAY,
+        FailureKind.OVERLOADED,
+        FailureKind.RATE_LIMITED,
+    }
+)
+"""Failures of a read after which the job itself may be well: it is read again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is to be bought for one task.
+
+    ``job`` lacks only the upstream's model id and how many of ``n`` to make.
+    ``cost_nanousd(offer, n)`` estimates what n pictures cost there, None if unknown.
+    ``deadline_ms`` is on the monotonic clock.
+    """
+
+    job: ImageJob
+    wish: Wish
+    variant: str
+    offers: tuple[Offer, ...]
+    cost_nanousd: Callable[[Offer, int], int | None]
+    deadline_ms: int
+    today: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lot:
+    """Pictures that one attempt delivered, and the end of that attempt."""
+
+    offer: Offer
+    done: Done
+    end: AttemptEnd
+    asked: int
+
+    @property
+    def short(self) -> bool:
+        """Whether it holds fewer pictures than were asked for."""
+        return len(self.done.images) < self.asked
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An attempt that did not deliver."""
+
+    offer: Offer
+    error: ProviderError
+    accepted: bool = False
+    """A job id was known: the job may still be alive, so it is not bought again."""
+
+
+@dataclass(slots=True)
+class Purchase:
+    """What came of an order; grows while it is being carried out.
+
+    ``missing`` pictures were not delivered; ``decision`` is the first one taken.
+    ``soonest_retry_ms`` counts from now, in milliseconds.
+    """
+
+    missing: int
+    lots: list[Lot] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    decision: Decision | None = None
+    soonest_retry_ms: int | None = None
+    attempts: int = 0
+
+    @property
+    def images(self) -> tuple[MadeImage, ...]:
+        """Every picture delivered, in the order of the lots."""
+        return tuple(image for lot in self.lots for image in lot.done.images)
+
+
+@dataclass(slots=True)
+class Dispatcher:
+    """Spends attempts on offers until an order is filled.
+
+    ``providers`` is keyed by upstream. The retry budget is shared by all orders.
+    """
+
+    providers: Mapping[str, Provider]
+    board: HealthBoard
+    store: TaskStore
+    clock: Clock
+    events: Events
+    budget: limits.RetryBudget = field(default_factory=limits.RetryBudget)
+
+    async def buy(self, order: Order) -> Purchase:
+        """Carry an order out as far as it goes; never raises ``ProviderError``.
+
+        At most ``routing.ATTEMPTS_MAX`` rounds may fail, each at another offer. A
+        round at an offer that makes fewer pictures per call than are wanted is several
+        calls at once. What is missing after a round is bought in the next: never the
+        whole again.
+
+        Raises:
+            ServiceUnavailableError: the store failed before anything was delivered.
+        """
+        purchase = Purchase(missing=order.job.n)
+        self.budget = limits.earned(self.budget, self.clock.monotonic_ms())
+        tried: set[str] = set()
+        while purchase.missing and len(tried) < routing.ATTEMPTS_MAX:
+            chosen = await self._choose(order, purchase, frozenset(tried))
+            if chosen is None:
+                break
+            failed, short = await self._round(order, purchase, *chosen)
+            if failed or short:
+                tried.add(chosen[0].id)
+            if not await self._goes_on(order, purchase, failed):
+                break
+        return purchase
+
+    async def _choose(
+        self, order: Order, purchase: Purchase, tried: frozenset[str]
+    ) -> tuple[Offer, Permit] | None:
+        # Waits while there are offers that only lack a slot.
+        while True:
+            now_ms = self.clock.monotonic_ms()
+            left_ms = order.deadline_ms - ANSWER_RESERVE_MS - now_ms
+            decision = await self._decide(order, purchase.missing, left_ms, tried)
+            purchase.decision = purchase.decision or decision
+            soonest_ms = decision.soonest_retry_ms
+            if soonest_ms is not None:
+                purchase.soonest_retry_ms = max(0, soonest_ms - now_ms)
+            if left_ms <= 0:
+                return None
+            chosen = await self._admitted(order, decision, first=not tried)
+            if chosen is not None:
+                return chosen
+            waits = decision.ranked or any(c.waits for c in decision.left_out)
+            if not waits or not await self.board.wait_for_slot(left_ms / 1000):
+                return None
+
+    async def _admitted(
+        self, order: Order, decision: Decision, *, first: bool
+    ) -> tuple[Offer, Permit] | None:
+        operation = order.wish.operation
+        for candidate in decision.ranked:
+            permit = await self.board.admit(candidate.offer.id, operation)
+            if permit is not None:
+                return candidate.offer, permit
+        if decision.ranked or not first or any(c.waits for c in decision.left_out):
+            return None
+        # Every breaker is open: the cheapest gets the one try that is allowed.
+        shut = [c for c in decision.left_out if c.state is BreakerState.OPEN]
+        for candidate in sorted(shut, key=lambda c: c.cost_nanousd or 0):
+            permit = await self.board.admit(candidate.offer.id, operation, forced=True)
+            if permit is not None:
+                return candidate.offer, permit
+        return None
+
+    async def _decide(
+        self, order: Order, n: int, left_ms: int, tried: frozenset[str]
+    ) -> Decision:
+        health = await self.board.read(
+            [offer.id for offer in order.offers], order.wish.operation
+        )
+        priced = [(offer, order.cost_nanousd(offer, n)) for offer in order.offers]
+        return routing.decide(
+            order.wish, priced, health, Moment(order.today, left_ms), tried=tried
+        )
+
+    async def _goes_on(
+        self, order: Order, purchase: Purchase, failed: list[Failure]
+    ) -> bool:
+        # A round may fail in several ways at once; the strictest decides.
+        for failure in failed:
+            kind = failure.error.kind
+            rule = Next.NEVER if failure.accepted else routing.NEXT_BY_KIND[kind]
+            seen = sum(f.error.kind is kind for f in purchase.failures)
+            repeated = rule in {Next.ONCE, Next.IF_AFFORDABLE} and seen > len(
+                [f for f in failed if f.error.kind is kind]
+            )
+            if rule is Next.NEVER or repeated:
+                return False
+            if rule is Next.IF_AFFORDABLE and not await self._affordable(
+                order, purchase, failure
+            ):
+                return False
+        if any(failure.error.kind in routing.NEEDS_BUDGET for failure in failed):
+            left = limits.spent(self.budget, self.clock.monotonic_ms())
+            if left is None:
+                return False
+            self.budget = left
+        return True
+
+    async def _affordable(
+        self, order: Order, purchase: Purchase, failure: Failure
+    ) -> bool:
+        since_ms = self.clock.now_ms() - limits.REBUY_WINDOW_MS
+        book = await self.store.risk_book(since_ms)
+        cost_nanousd = order.cost_nanousd(failure.offer, purchase.missing) or 0
+        return limits.may_rebuy(book, cost_nanousd)
+
+    async def _round(
+        self, order: Order, purchase: Purchase, offer: Offer, permit: Permit
+    ) -> tuple[list[Failure], bool]:
+        # Tells what failed, and whether a call delivered fewer than it was asked for.
+        per_call = offer.capabilities.n_max
+        wanted = purchase.missing
+        first = self._attempt(order, purchase, offer, min(per_call, wanted), permit)
+        if wanted <= per_call:
+            results = [await first]
+        else:
+            results = await self._at_once(order, purchase, offer, first)
+        lots = [result for result in results if isinstance(result, Lot)]
+        failed = [result for result in results if isinstance(result, Failure)]
+        purchase.lots.extend(lots)
+        purchase.failures.extend(failed)
+        made = sum(len(lot.done.images) for lot in lots)
+        purchase.missing = max(0, wanted - made)
+        return failed, any(lot.short for lot in lots)
+
+    async def _at_once(
+        self,
+        order: Order,
+        purchase: Purchase,
+        offer: Offer,
+        first: Coroutine[object, object, Lot | Failure],
+    ) -> list[Lot | Failure]:
+        # As many calls beside the first as there are slots; the rest stays missing and
+        # is bought in the next round, here again if nothing went wrong.
+        per_call = offer.capabilities.n_max
+        calls = [first]
+        for done in range(per_call, purchase.missing, per_call):
+            permit = await self.board.admit(offer.id, order.wish.operation)
+            if permit is None:
+                break
+            n = min(per_call, purchase.missing - done)
+            calls.append(self._attempt(order, purchase, offer, n, permit))
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        delivered = [r for r in results if isinstance(r, Lot | Failure)]
+        broken = [r for r in results if isinstance(r, BaseException)]
+        if broken and not any(isinstance(r, Lot) for r in delivered):
+            raise broken[0]
+        return delivered
+
+    async def _attempt(
+        self,
+        order: Order,
+        purchase: Purchase,
+        offer: Offer,
+        n: int,
+        permit: Permit,
+    ) -> Lot | Failure:
+        purchase.attempts += 1
+        call = _Call(
+            order=order,
+            offer=offer,
+            seq=purchase.attempts,
+            job=replace(order.job, model=offer.model, n=n),
+            estimate_nanousd=order.cost_nanousd(offer, n) or 0,
+            started_ms=self.clock.now_ms(),
+            started_mono_ms=self.clock.monotonic_ms(),
+        )
+        outcome = Outcome(cancelled=True)
+        try:
+            result = await self._call(call, purchase.decision)
+            outcome = _outcome_of(result, call)
+        finally:
+            await self.board.report(permit, outcome)
+        return result
+
+    async def _call(self, call: _Call, decision: Decision | None) -> Lot | Failure:
+        await self.store.begin_attempt(
+            NewAttempt(
+                task_id=call.job.task_id,
+                seq=call.seq,
+                offer_id=call.offer.id,
+                upstream=call.offer.upstream,
+                estimate_nanousd=call.estimate_nanousd,
+                started_ms=call.started_ms,
+            ),
+            decision_json(decision) if call.seq == 1 and decision else None,
+        )
+        progress = _Progress()
+        try:
+            done = await self._deliver(call, progress)
+        except ProviderError as error:
+            end = call.failed(error, self.clock.now_ms())
+            await self.store.end_attempt(end)
+            self._tell(call, end)
+            return Failure(call.offer, error, progress.accepted)
+        end = call.won(done, self.clock.now_ms())
+        self._tell(call, end)
+        return Lot(call.offer, done, end, asked=call.job.n)
+
+    async def _deliver(self, call: _Call, progress: _Progress) -> Done:
+        # The deadline is kept here, outside any HTTP client: a server that drips
+        # satisfies every timeout of a client for ever.
+        now_ms = self.clock.monotonic_ms()
+        left_ms = call.order.deadline_ms - ANSWER_RESERVE_MS - now_ms
+        limit_s = max(0, min(left_ms, ATTEMPT_MAX_MS)) / 1000
+        provider = self.providers[call.offer.upstream]
+        job = replace(call.job, deadline_s=limit_s)
+        try:
+            async with asyncio.timeout(limit_s):
+                step = await provider.start(job)
+                if isinstance(step, Pending):
+                    await self.store.accept_attempt(job.task_id, call.seq, step.job_id)
+                    progress.accepted = True
+                    step = await self._finished(provider, job, step)
+        except TimeoutError:
+            raise ProviderError(
+                FailureKind.TIMEOUT, f"no answer in {limit_s:.0f} s"
+            ) from None
+        return step
+
+    async def _finished(self, provider: Provider, job: ImageJob, step: Pending) -> Done:
+        failures = 0
+        while True:
+            await self.clock.sleep(max(POLL_MIN_S, step.poll_after_s))
+            try:
+                polled = await provider.poll(job, step.job_id)
+            except ProviderError as error:
+                failures += 1
+                if error.kind not in REREADABLE or failures >= POLL_FAILURES_MAX:
+                    raise
+                continue
+            if isinstance(polled, Done):
+                return polled
+            step = polled
+
+    def _tell(self, call: _Call, end: AttemptEnd) -> None:
+        self.events.emit(
+            AttemptFinished(
+                task_id=end.task_id,
+                seq=end.seq,
+                offer_id=call.offer.id,
+                upstream=call.offer.upstream,
+                variant=call.order.variant,
+                outcome=end.kind or "done",
+                billed=end.billed.value,
+                duration_ms=self.clock.monotonic_ms() - call.started_mono_ms,
+                cost_nanousd=end.cost_nanousd,
+                upstream_status=end.upstream_status,
+                upstream_code=end.upstream_code,
+                detail=end.detail,
+            )
+        )
+
+
+@dataclass(slots=True)
+class _Progress:
+    accepted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    order: Order
+    offer: Offer
+    seq: int
+    job: ImageJob
+    estimate_nanousd: int
+    started_ms: int
+    started_mono_ms: int
+
+    def won(self, done: Done, now_ms: int) -> AttemptEnd:
+        """Book what the pictures cost, from the best source there is."""
+        cost_nanousd, source = self.estimate_nanousd, "estimate"
+        if done.cost_nanousd is not None:
+            cost_nanousd, source = done.cost_nanousd, "usd"
+        elif isinstance(self.offer.cost, PerToken) and done.usage is not None:
+            cost_nanousd, source = self.offer.cost.price.total(done.usage), "usage"
+        elif not isinstance(self.offer.cost, PerToken):
+            made = len(done.images)
+            exact = self.order.cost_nanousd(self.offer, made)
+            cost_nanousd, source = exact or self.estimate_nanousd, "card"
+        return AttemptEnd(
+            task_id=self.job.task_id,
+            seq=self.seq,
+            state=AttemptState.DONE,
+            finished_ms=now_ms,
+            won=True,
+            billed=Billed.YES,
+            cost_nanousd=cost_nanousd,
+            cost_source=source,
+        )
+
+    def failed(self, error: ProviderError, now_ms: int) -> AttemptEnd:
+        """Book possible waste: what was maybe billed counts in full."""
+        wasted = 0 if error.billed is Billed.NO else self.estimate_nanousd
+        return AttemptEnd(
+            task_id=self.job.task_id,
+            seq=self.seq,
+            state=AttemptState.FAILED,
+            finished_ms=now_ms,
+            won=False,
+            billed=error.billed,
+            cost_nanousd=wasted,
+            cost_source="estimate",
+            kind=error.kind.value,
+            upstream_status=error.status,
+            upstream_code=error.upstream_code,
+            detail=error.detail,
+        )
+
+
+def _outcome_of(result: Lot | Failure, call: _Call) -> Outcome:
+    if isinstance(result, Failure):
+        return Outcome(kind=result.error.kind, retry_after_s=result.error.retry_after_s)
+    # Fewer pictures than asked for say nothing about the price of one.
+    return Outcome(
+        estimate_nanousd=None if result.short else call.estimate_nanousd,
+        actual_nanousd=result.end.cost_nanousd,
+    )
+
+
+def decision_json(decision: Decision) -> str:
+    """Write a decision down as it is kept with its task."""
+    return json.dumps([candidate_facts(c) for c in decision.all])
+
+
+def candidate_facts(candidate: Candidate) -> dict[str, object]:
+    """Describe an offer as a decision saw it."""
+    cost = candidate.cost_nanousd
+    return {
+        "offer": candidate.offer.id,
+        "model": candidate.offer.model,
+        "cost_usd": None if cost is None else decimal_text(cost),
+        "breaker": candidate.state.value,
+        "eligible": not candidate.reason,
+        "reason": candidate.reason or None,
+    }

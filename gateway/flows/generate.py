@@ -1,0 +1,500 @@
+"""A request from its hold to its settled answer, while the client waits.
+
+The credits are held before anything is bought, and settled before anything is
+answered. A client that hangs up changes nothing: the work is paid, so it is finished.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from gateway.core import pricing, tasks
+from gateway.core.catalogue import Catalogue, Offer, Operation
+from gateway.core.errors import (
+    ContentRefusedError,
+    DeadlineExceededError,
+    GatewayError,
+    InsufficientCreditsError,
+    InvalidRequestError,
+    RateLimitedError,
+    ServiceUnavailableError,
+)
+from gateway.core.events import HoldRefused, TaskFinished
+from gateway.core.ledger import Settled
+from gateway.core.requests import ImageRequest
+from gateway.core.routing import Wish
+from gateway.core.sizes import Size
+from gateway.core.tasks import DeliveryMode, TaskState
+from gateway.core.tokens import bound_usage, estimated_usage
+from gateway.flows.dispatch import (
+    Dispatcher,
+    Failure,
+    Order,
+    Purchase,
+    decision_json,
+)
+from gateway.flows.results import Results
+from gateway.flows.tasks import Facts, Picture, TaskView
+from gateway.ports import (
+    Chance,
+    Clock,
+    Events,
+    Key,
+    NewTask,
+    StoredResult,
+    TaskEnd,
+    TaskStore,
+)
+from providers.kit.contract import (
+    Billed,
+    FailureKind,
+    ImageJob,
+    MadeImage,
+    Usage,
+)
+
+SYNC_DEADLINE_MS = 300_000
+SETTLE_TRIES_MAX = 30
+SETTLE_PAUSE_S = 1.0
+RETRY_AFTER_MAX_S = 60
+RETRY_AFTER_DEFAULT_S = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A task whose hold is committed: from here a crash loses nothing."""
+
+    task: NewTask
+    request: ImageRequest
+    deadline_mono_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Makes pictures for one tenant: hold, buy, keep, settle."""
+
+    catalogue: Catalogue
+    store: TaskStore
+    dispatcher: Dispatcher
+    results: Results
+    clock: Clock
+    chance: Chance
+    events: Events
+    today: Callable[[], str]
+
+    def new_task_id(self) -> str:
+        """Draw the id of the next task."""
+        suffix = self.chance.token(tasks.TASK_ID_ALPHABET, tasks.TASK_ID_CHARS)
+        return tasks.task_id_for(self.clock.now_ms() // 1000, suffix)
+
+    async def accept(self, task_id: str, request: ImageRequest, key: Key) -> Accepted:
+        """Hold the most that the request can cost.
+
+        Raises:
+            InsufficientCreditsError: it is not there; nothing was held.
+            ServiceUnavailableError: no upstream is configured for the variant, or the
+                store cannot be written.
+        """
+        if not self.catalogue.offers.get(request.variant.name):
+            raise ServiceUnavailableError(
+                f"No upstream is configured for {request.variant.name}. "
+                "Choose another model from GET /v1/models, or ask the operator.",
+                code="no_available_channel",
+                client_may_retry=False,
+            )
+        now_ms = self.clock.now_ms()
+        task = NewTask(
+            id=task_id,
+            tenant_id=key.tenant_id,
+            key_id=key.id,
+            variant=request.variant.name,
+            operation=request.operation.value,
+            mode=DeliveryMode.SYNC,
+            request_json=json.dumps(_facts_of(request)),
+            hold_nanocredits=pricing.hold_nanocredits(request),
+            created_ms=now_ms,
+            deadline_ms=now_ms + SYNC_DEADLINE_MS,
+        )
+        try:
+            await self.store.open(task)
+        except InsufficientCreditsError:
+            self.events.emit(HoldRefused(task.variant))
+            raise
+        deadline_ms = self.clock.monotonic_ms() + SYNC_DEADLINE_MS
+        return Accepted(task, request, deadline_ms)
+
+    async def carry_out(self, accepted: Accepted, *, links: bool) -> TaskView:
+        """Buy, keep and settle; the payloads of the pictures belong to the caller.
+
+        ``links`` stores the pictures to be linked to; otherwise they are kept only
+        until the answer is out.
+
+        Raises:
+            GatewayError: nothing was delivered; the hold is released.
+        """
+        try:
+            purchase = await self.dispatcher.buy(self._order(accepted))
+        except ServiceUnavailableError as error:
+            await self.give_up(accepted, error)
+            raise
+        if not purchase.lots:
+            refusal = _client_error(purchase)
+            await self.give_up(accepted, refusal, purchase)
+            raise refusal
+        for extra in purchase.images[accepted.request.n :]:
+            extra.payload.close()
+        try:
+            kept = await self._kept(accepted, purchase, links=links)
+            return await self._settled(accepted, purchase, kept)
+        except BaseException:
+            for image in purchase.images:
+                image.payload.close()
+            raise
+
+    async def give_up(
+        self,
+        accepted: Accepted,
+        error: GatewayError,
+        purchase: Purchase | None = None,
+    ) -> None:
+        """Release the hold and close the task as failed."""
+        end = TaskEnd(
+            task_id=accepted.task.id,
+            state=TaskState.FAILED,
+            finished_ms=self.clock.now_ms(),
+            due_nanocredits=0,
+            usage=None,
+            usage_source="none",
+            error_json=json.dumps(task_error(error)),
+            route_json=_route_json(purchase),
+        )
+        settled = await self._finish(end)
+        self._tell(accepted, end, settled, purchase, error)
+
+    async def _kept(
+        self, accepted: Accepted, purchase: Purchase, *, links: bool
+    ) -> tuple[StoredResult, ...]:
+        # A disk that takes no pictures ends a request for links: the pictures are the
+        # operator's loss. An answer that carries them needs no disk.
+        images = purchase.images[: accepted.request.n]
+        now_ms = self.clock.now_ms()
+        try:
+            return await self.results.keep(
+                accepted.task.id, images, now_ms, inline=not links
+            )
+        except ServiceUnavailableError as error:
+            if not links:
+                return self.results.unkept(accepted.task.id, images, now_ms)
+            for lot in purchase.lots:
+                await self.store.end_attempt(replace(lot.end, won=False))
+            await self.give_up(accepted, error, purchase)
+            raise
+
+    async def _settled(
+        self,
+        accepted: Accepted,
+        purchase: Purchase,
+        kept: tuple[StoredResult, ...],
+    ) -> TaskView:
+        request, task = accepted.request, accepted.task
+        images = purchase.images[: request.n]
+        now_ms = self.clock.now_ms()
+        *earlier, last = purchase.lots
+        for lot in earlier:
+            await self.store.end_attempt(lot.end)
+        usage, source = _usage_of(request, purchase)
+        facts = _resolved(request, purchase, images)
+        end = TaskEnd(
+            task_id=task.id,
+            state=TaskState.COMPLETED,
+            finished_ms=now_ms,
+            due_nanocredits=pricing.charge_nanocredits(usage, request.variant),
+            usage=usage,
+            usage_source=source,
+            answer_json=json.dumps(
+                {
+                    "background": facts.background,
+                    "output_format": facts.output_format,
+                    "quality": facts.quality,
+                    "size": facts.size,
+                }
+            ),
+            attempt=last.end,
+            results=kept,
+        )
+        settled = await self._finish(end)
+        self._tell(accepted, end, settled, purchase, None)
+        return TaskView(
+            id=task.id,
+            created_s=task.created_ms // 1000,
+            variant=task.variant,
+            mode=task.mode,
+            state=end.state,
+            reserved_nanocredits=task.hold_nanocredits,
+            charged_nanocredits=settled.charged,
+            usage=usage,
+            usage_source=source,
+            facts=facts,
+            pictures=tuple(map(_picture, images, kept)),
+        )
+
+    async def _finish(self, end: TaskEnd) -> Settled:
+        # What was bought must be booked: a store that is busy is asked again for as
+        # long as a restart of it may take. After that, recovery closes the task.
+        for attempt in range(1, SETTLE_TRIES_MAX + 1):
+            try:
+                return await self.store.finish(end)
+            except ServiceUnavailableError:
+                if attempt == SETTLE_TRIES_MAX:
+                    raise
+                await self.clock.sleep(SETTLE_PAUSE_S)
+        raise AssertionError(end)
+
+    def _order(self, accepted: Accepted) -> Order:
+        request, variant = accepted.request, accepted.request.variant
+        each = bound_usage(request)
+
+        def cost_nanousd(offer: Offer, n: int) -> int | None:
+            return pricing.offer_cost_nanousd(
+                offer, each, request.size, request.quality, n
+            )
+
+        return Order(
+            job=_job(accepted, each),
+            wish=wish_of(request),
+            variant=variant.name,
+            offers=self.catalogue.offers[variant.name],
+            cost_nanousd=cost_nanousd,
+            deadline_ms=accepted.deadline_mono_ms,
+            today=self.today(),
+        )
+
+    def _tell(
+        self,
+        accepted: Accepted,
+        end: TaskEnd,
+        settled: Settled,
+        purchase: Purchase | None,
+        error: GatewayError | None,
+    ) -> None:
+        self.events.emit(
+            TaskFinished(
+                task_id=end.task_id,
+                variant=accepted.task.variant,
+                state=end.state.value,
+                served=_served(error),
+                error_code=error.code if error else None,
+                attempts=purchase.attempts if purchase else 0,
+                saved_by_fallback=bool(
+                    purchase and purchase.lots and purchase.failures
+                ),
+                images=len(end.results),
+                duration_ms=end.finished_ms - accepted.task.created_ms,
+                charged_nanocredits=settled.charged,
+                absorbed_nanocredits=settled.absorbed,
+                usage=end.usage,
+                usage_source=end.usage_source,
+            )
+        )
+
+
+def wish_of(request: ImageRequest) -> Wish:
+    """Say what a request needs an offer to be able to do."""
+    return Wish(
+        operation=request.operation,
+        size=request.size,
+        quality=request.quality,
+        n=request.n,
+        output_format=request.output_format,
+        background=request.background,
+        references=len(request.image_urls),
+        mask=request.mask_url is not None,
+    )
+
+
+def task_error(error: GatewayError) -> dict[str, object]:
+    """Say what went wrong with a task in the words of the task contract."""
+    code = _TASK_CODE_BY_CODE.get(error.code, _TASK_CODE_BY_STATUS.get(error.status))
+    return {
+        "code": code or "unknown_error",
+        "message": str(error),
+        "type": "task_error",
+    }
+
+
+_TASK_CODE_BY_CODE = {
+    "moderation_blocked": "content_policy_violation",
+    "generation_timeout": "generation_timeout",
+    "generation_failed_no_content": "generation_failed_no_content",
+}
+_TASK_CODE_BY_STATUS = {
+    400: "invalid_parameters",
+    402: "quota_exceeded",
+    429: "resource_exhausted",
+    500: "service_error",
+    503: "service_unavailable",
+    504: "generation_timeout",
+}
+
+
+def _served(error: GatewayError | None) -> str:
+    if error is None or isinstance(error, ContentRefusedError):
+        return "ok"
+    return "excluded" if error.status < 500 and error.status != 429 else "failed"  # noqa: PLR2004
+
+
+def _facts_of(request: ImageRequest) -> dict[str, object]:
+    # What an operator may need later; never the prompt, nor who asked.
+    return {
+        "size": request.size.text if request.size else "auto",
+        "quality": request.quality,
+        "n": request.n,
+        "output_format": request.output_format,
+        "background": request.background,
+        "references": len(request.image_urls),
+        "response_format": request.response_format,
+        "prompt_chars": len(request.prompt),
+    }
+
+
+def _job(accepted: Accepted, each: Usage) -> ImageJob:
+    request = accepted.request
+    return ImageJob(
+        task_id=accepted.task.id,
+        model="",
+        operation=Operation(accepted.task.operation),
+        prompt=request.prompt,
+        width_px=request.size.width_px if request.size else None,
+        height_px=request.size.height_px if request.size else None,
+        quality=request.quality,
+        n=request.n,
+        output_format=request.output_format,
+        expected=each,
+        deadline_s=0.0,
+        background=request.background,
+        output_compression=request.output_compression,
+        moderation=request.moderation,
+        user=request.user,
+        safety_identifier=request.safety_identifier,
+    )
+
+
+def _picture(image: MadeImage, stored: StoredResult) -> Picture:
+    return Picture(
+        index=stored.index,
+        media_type=image.media_type,
+        revised_prompt=image.revised_prompt,
+        made=image,
+        blob=stored.blob,
+        expires_ms=stored.expires_ms,
+    )
+
+
+def _usage_of(request: ImageRequest, purchase: Purchase) -> tuple[Usage, str]:
+    total, source = Usage(), "reported"
+    for lot in purchase.lots:
+        usage = lot.done.usage
+        if usage is None:
+            source = "estimated"
+            sizes = [Size(i.width_px, i.height_px) for i in lot.done.images]
+            usage = estimated_usage(request, sizes, quality=lot.done.quality)
+        total = total.plus(usage)
+    return total, source
+
+
+def _resolved(
+    request: ImageRequest, purchase: Purchase, images: tuple[MadeImage, ...]
+) -> Facts:
+    done, first = purchase.lots[0].done, images[0]
+    quality = done.quality or request.quality
+    if quality not in request.variant.tile_bases:
+        quality = max(request.variant.tile_bases.items(), key=lambda q: q[1])[0]
+    background = done.background or request.background
+    return Facts(
+        background="transparent" if background == "transparent" else "opaque",
+        output_format=first.media_type.removeprefix("image/"),
+        quality=quality,
+        size=f"{first.width_px}x{first.height_px}",
+    )
+
+
+def _route_json(purchase: Purchase | None) -> str | None:
+    # A task that never got an attempt still says why.
+    if purchase is None or purchase.attempts or purchase.decision is None:
+        return None
+    return decision_json(purchase.decision)
+
+
+def _client_error(purchase: Purchase) -> GatewayError:
+    """Say what the client meets when nothing was delivered."""
+    last = purchase.failures[-1] if purchase.failures else None
+    if last is None:
+        return _unavailable(
+            purchase, "No upstream can serve this request at the moment."
+        )
+    refusal = _refusal(last)
+    if refusal is not None:
+        return refusal
+    kinds = {failure.error.kind for failure in purchase.failures}
+    if kinds == {FailureKind.RATE_LIMITED}:
+        return RateLimitedError(
+            "Every upstream is rate limited at the moment. You were not charged. "
+            "Try again after the time in Retry-After.",
+            retry_after_s=_retry_after_s(purchase),
+        )
+    if kinds == {FailureKind.UNSUPPORTED}:
+        return InvalidRequestError(
+            "No upstream supports this combination of parameters. You were not "
+            "charged. Try another size, quality or output_format.",
+            code="unsupported_by_upstreams",
+        )
+    return _unavailable(
+        purchase, "Every upstream that could serve this request failed."
+    )
+
+
+def _refusal(failure: Failure) -> GatewayError | None:
+    # Failures that end a request at once, whatever other upstreams could do.
+    error = failure.error
+    if error.kind is FailureKind.CONTENT_POLICY:
+        return ContentRefusedError(
+            error.client_message
+            or "The request was refused by moderation. You were not charged. "
+            "Change the prompt or the pictures.",
+        )
+    if error.kind is FailureKind.INVALID_REQUEST:
+        return InvalidRequestError(
+            error.client_message
+            or "The upstream refused the request as invalid. You were not charged.",
+            code="invalid_request",
+        )
+    if error.kind is FailureKind.TIMEOUT or failure.accepted:
+        return DeadlineExceededError(
+            "The upstream did not answer in time. You were not charged. "
+            "Large sizes and high quality take longest: try a smaller one."
+        )
+    return None
+
+
+def _unavailable(purchase: Purchase, what: str) -> ServiceUnavailableError:
+    # A client's library that repeats the call at once would multiply the attempts
+    # made here; one that was turned away without an attempt may well come back.
+    maybe_bought = any(f.error.billed is not Billed.NO for f in purchase.failures)
+    return ServiceUnavailableError(
+        f"{what} You were not charged. Try again after the time in Retry-After, "
+        "or choose another model.",
+        retry_after_s=_retry_after_s(purchase),
+        client_may_retry=False if maybe_bought or purchase.failures else None,
+    )
+
+
+def _retry_after_s(purchase: Purchase) -> int:
+    asked = [f.error.retry_after_s for f in purchase.failures if f.error.retry_after_s]
+    soonest_s = min(asked, default=float(RETRY_AFTER_DEFAULT_S))
+    if purchase.soonest_retry_ms is not None:
+        soonest_s = min(soonest_s, purchase.soonest_retry_ms / 1000)
+        if not asked and not purchase.failures:
+            soonest_s = purchase.soonest_retry_ms / 1000
+    return max(1, min(RETRY_AFTER_MAX_S, -int(-soonest_s // 1)))

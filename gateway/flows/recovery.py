@@ -1,0 +1,93 @@
+"""Closes tasks that a dead process left open, so that no hold stays for ever."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from gateway.core.errors import ServiceUnavailableError
+from gateway.core.tasks import AttemptState, TaskState
+from gateway.flows.generate import task_error
+from gateway.ports import (
+    AttemptEnd,
+    AttemptRecord,
+    Clock,
+    TaskEnd,
+    TaskRecord,
+    TaskStore,
+)
+from providers.kit.contract import Billed, FailureKind
+
+BATCH_TASKS = 200
+HOLD_KEPT_MS = 900_000
+"""How long after its deadline a task may still be settled by its own process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """Finds unfinished tasks that nobody works on, and fails them.
+
+    All tasks are synchronous: their clients lost the connection together with the
+    process, and no upstream in use gives a job id to go back to. What may have been
+    bought is booked as waste, the tenant pays nothing.
+    """
+
+    store: TaskStore
+    clock: Clock
+
+    async def after_start(self) -> int:
+        """Close every unfinished task: call it before the first request is taken.
+
+        Returns the number of tasks closed.
+        """
+        return await self._close(before_ms=None)
+
+    async def overdue(self) -> int:
+        """Close tasks long past their deadline; returns their number."""
+        return await self._close(before_ms=self.clock.now_ms() - HOLD_KEPT_MS)
+
+    async def _close(self, before_ms: int | None) -> int:
+        closed = 0
+        while batch := await self.store.unfinished(BATCH_TASKS):
+            due = [t for t in batch if before_ms is None or t.deadline_ms < before_ms]
+            for task in due:
+                await self._give_up(task)
+            closed += len(due)
+            if len(due) < len(batch) or len(batch) < BATCH_TASKS:
+                break
+        return closed
+
+    async def _give_up(self, task: TaskRecord) -> None:
+        for attempt in task.attempts:
+            if attempt.state in {AttemptState.SENDING, AttemptState.ACCEPTED}:
+                await self.store.end_attempt(_unknown(task, attempt, self.clock))
+        error = ServiceUnavailableError(
+            "The gateway stopped while it worked on this task. You were not charged. "
+            "Send the request again."
+        )
+        await self.store.finish(
+            TaskEnd(
+                task_id=task.id,
+                state=TaskState.FAILED,
+                finished_ms=self.clock.now_ms(),
+                due_nanocredits=0,
+                usage=None,
+                usage_source="none",
+                error_json=json.dumps(task_error(error)),
+            )
+        )
+
+
+def _unknown(task: TaskRecord, attempt: AttemptRecord, clock: Clock) -> AttemptEnd:
+    return AttemptEnd(
+        task_id=task.id,
+        seq=attempt.seq,
+        state=AttemptState.FAILED,
+        finished_ms=clock.now_ms(),
+        won=False,
+        billed=Billed.MAYBE,
+        cost_nanousd=attempt.estimate_nanousd,
+        cost_source="estimate",
+        kind=FailureKind.TIMEOUT.value,
+        detail="the gateway's process ended while the call was under way",
+    )

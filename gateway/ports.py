@@ -1,0 +1,433 @@
+"""What the flows need from the outside world, in the flows' own words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from gateway.core.breaker import Health, Outcome
+from gateway.core.events import Event
+from gateway.core.ledger import Balance, Settled
+from gateway.core.limits import RiskBook
+from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
+from providers.kit.contract import Billed, MadeImage, Operation, Usage
+
+# --- records: what the store keeps, as the flows see it ---
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Who owns credits."""
+
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A tenant's API key. The key itself is never stored, only ``digest`` of it."""
+
+    id: str
+    tenant_id: str
+    digest: bytes
+    display: str
+    delivery: str
+    created_ms: int
+    revoked_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewTask:
+    """A task to be opened together with its hold. ``request_json`` has no prompt."""
+
+    id: str
+    tenant_id: str
+    key_id: str
+    variant: str
+    operation: str
+    mode: DeliveryMode
+    request_json: str
+    hold_nanocredits: int
+    created_ms: int
+    deadline_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class NewAttempt:
+    """An attempt about to be sent. ``seq`` counts from 1 within its task."""
+
+    task_id: str
+    seq: int
+    offer_id: str
+    upstream: str
+    estimate_nanousd: int
+    started_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptEnd:
+    """How an attempt ended, and what it cost the operator.
+
+    ``cost_nanousd`` is booked as waste unless ``won``; zero when nothing was billed.
+    """
+
+    task_id: str
+    seq: int
+    state: AttemptState
+    finished_ms: int
+    won: bool
+    billed: Billed
+    cost_nanousd: int
+    cost_source: str
+    kind: str | None = None
+    upstream_status: int | None = None
+    upstream_code: str | None = None
+    detail: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResult:
+    """One picture kept for a task. ``blob`` names it in the blob store.
+
+    ``inline`` pictures went out in the answer; their blob is gone once that answer
+    was sent whole.
+    """
+
+    index: int
+    blob: str
+    media_type: str
+    size_bytes: int
+    width_px: int
+    height_px: int
+    inline: bool
+    expires_ms: int
+    revised_prompt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEnd:
+    """The end of a task: its settlement, and all that is committed with it.
+
+    ``route_json`` None leaves the decision that was kept with the first attempt.
+    """
+
+    task_id: str
+    state: TaskState
+    finished_ms: int
+    due_nanocredits: int
+    usage: Usage | None
+    usage_source: str
+    answer_json: str | None = None
+    error_json: str | None = None
+    route_json: str | None = None
+    attempt: AttemptEnd | None = None
+    results: tuple[StoredResult, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """An attempt as it is stored."""
+
+    seq: int
+    offer_id: str
+    upstream: str
+    state: AttemptState
+    estimate_nanousd: int
+    started_ms: int
+    finished_ms: int | None
+    job_id: str | None
+    kind: str | None
+    upstream_status: int | None
+    upstream_code: str | None
+    detail: str | None
+    billed: str | None
+    cost_nanousd: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRecord:
+    """A task as it is stored, with its attempts and results in order."""
+
+    id: str
+    tenant_id: str
+    key_id: str
+    variant: str
+    operation: str
+    mode: DeliveryMode
+    state: TaskState
+    request_json: str
+    route_json: str | None
+    answer_json: str | None
+    error_json: str | None
+    usage: Usage | None
+    usage_source: str | None
+    hold_nanocredits: int
+    charged_nanocredits: int | None
+    absorbed_nanocredits: int | None
+    created_ms: int
+    deadline_ms: int
+    finished_ms: int | None
+    attempts: tuple[AttemptRecord, ...]
+    results: tuple[StoredResult, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """One broken invariant found by the audit."""
+
+    invariant: str
+    subject: str
+    detail: str
+    drift_nanocredits: int
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """What an audit looked at and what it found; clean means no drift."""
+
+    tenants: int
+    entries: int
+    holds_open: int
+    settlements: int
+    drifts: tuple[Drift, ...]
+
+
+# --- ports ---
+
+
+class Clock(Protocol):
+    """Time, so that tests can hold it still."""
+
+    def now_ms(self) -> int:
+        """Milliseconds since the epoch."""
+        ...
+
+    def monotonic_ms(self) -> int:
+        """Milliseconds that never go back, for durations."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait."""
+        ...
+
+
+class Chance(Protocol):
+    """Randomness, so that tests can repeat it."""
+
+    def token(self, alphabet: str, length: int) -> str:
+        """Draw unguessable characters."""
+        ...
+
+    def fraction(self) -> float:
+        """Draw evenly from 0 (inclusive) to 1 (exclusive)."""
+        ...
+
+
+class Events(Protocol):
+    """Where flows say what happened. Never fails, never waits."""
+
+    def emit(self, event: Event) -> None:
+        """Tell every listener."""
+        ...
+
+
+class TaskStore(Protocol):
+    """Tasks, holds, attempts and settlements: each call is one transaction."""
+
+    async def open(self, task: NewTask) -> None:
+        """Write the task and its hold, or neither.
+
+        Raises:
+            InsufficientCreditsError: the tenant has less available than the hold.
+        """
+        ...
+
+    async def begin_attempt(
+        self, attempt: NewAttempt, route_json: str | None = None
+    ) -> None:
+        """Write that an attempt is about to be sent; durable on return."""
+        ...
+
+    async def accept_attempt(self, task_id: str, seq: int, job_id: str) -> None:
+        """Write the upstream's job id; durable on return."""
+        ...
+
+    async def end_attempt(self, end: AttemptEnd) -> None:
+        """Write how a lost attempt ended, and book its waste."""
+        ...
+
+    async def finish(self, end: TaskEnd) -> Settled:
+        """Settle the hold and close the task, once.
+
+        A second call for the same task changes nothing and returns what the first
+        one did.
+        """
+        ...
+
+    async def get(self, task_id: str) -> TaskRecord | None:
+        """Read a task."""
+        ...
+
+    async def unfinished(self, limit: int) -> Sequence[TaskRecord]:
+        """Read tasks that are not final, oldest first."""
+        ...
+
+    async def risk_book(self, since_ms: int) -> RiskBook:
+        """Read the second purchases and the spend since a time."""
+        ...
+
+
+class Ledger(Protocol):
+    """Credits of tenants."""
+
+    async def grant(
+        self, tenant_id: str, nanocredits: int, *, reference: str, now_ms: int
+    ) -> Balance:
+        """Add credits; the same reference again changes nothing."""
+        ...
+
+    async def balance(self, tenant_id: str) -> Balance | None:
+        """Read a tenant's balance."""
+        ...
+
+    async def audit(self) -> AuditReport:
+        """Recompute every invariant from the rows."""
+        ...
+
+
+class Accounts(Protocol):
+    """Tenants and their keys."""
+
+    async def add_tenant(self, tenant: Tenant, *, now_ms: int) -> None:
+        """Write a tenant.
+
+        Raises:
+            ConflictError: the name is taken.
+        """
+        ...
+
+    async def tenant_named(self, name: str) -> Tenant | None:
+        """Find a tenant by name."""
+        ...
+
+    async def tenants(self) -> Sequence[tuple[Tenant, Balance]]:
+        """List all tenants with their balances, by name."""
+        ...
+
+    async def add_key(self, key: Key) -> None:
+        """Write a key."""
+        ...
+
+    async def key_by_digest(self, digest: bytes) -> Key | None:
+        """Find a key by the digest of it, revoked ones too."""
+        ...
+
+    async def keys(self, tenant_id: str) -> Sequence[Key]:
+        """List a tenant's keys, oldest first."""
+        ...
+
+    async def revoke_key(self, key_id: str, *, now_ms: int) -> bool:
+        """Revoke a key; False if there is none of that id."""
+        ...
+
+
+class OpenBlob(Protocol):
+    """A stored picture, open for reading. Whoever opened it closes it."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Length of the picture's file, decoded."""
+        ...
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read a part of the file; short only at its end."""
+        ...
+
+    def close(self) -> None:
+        """Give the file back."""
+        ...
+
+
+class BlobStore(Protocol):
+    """Keeps pictures until they expire."""
+
+    async def keep(
+        self, blob: str, image: MadeImage, *, as_it_came: bool = False
+    ) -> int:
+        """Store a picture under a name; returns the length of the file, in bytes.
+
+        ``as_it_came`` spares decoding: ``open`` decodes if it ever comes to that.
+        """
+        ...
+
+    async def open(self, blob: str) -> OpenBlob | None:
+        """Open a stored picture; None if it is not there."""
+        ...
+
+    async def delete(self, blob: str) -> None:
+        """Forget a picture; one that is not there is no error."""
+        ...
+
+    async def exists(self, blob: str) -> bool:
+        """Tell whether a picture is there."""
+        ...
+
+    async def expire(self, before_ms: int) -> int:
+        """Delete pictures stored before a time; returns how many tasks' were."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """The right to one call, from ``admit`` to ``report``."""
+
+    id: int
+    offer_id: str
+    operation: Operation
+    probe: bool = False
+
+
+class HealthBoard(Protocol):
+    """The memory of how each offer has been doing, shared by all requests."""
+
+    async def read(
+        self, offer_ids: Iterable[str], operation: Operation
+    ) -> Mapping[str, Health]:
+        """Tell the health of each offer."""
+        ...
+
+    async def admit(
+        self, offer_id: str, operation: Operation, *, forced: bool = False
+    ) -> Permit | None:
+        """Take a slot (and the probe, if the breaker is half open).
+
+        ``forced`` asks for the one try per 5 s that an open breaker allows when there
+        is nothing else. None when the call is not allowed now. Whoever gets a permit
+        must ``report`` it, whatever happens.
+        """
+        ...
+
+    async def report(self, permit: Permit, outcome: Outcome) -> None:
+        """Give the slot back and note how the call went."""
+        ...
+
+    async def wait_for_slot(self, at_most_s: float) -> bool:
+        """Wait until a slot is given back; False if none was, or too many wait."""
+        ...
+
+
+class Tunable(Protocol):
+    """An upstream whose behaviour can be changed while it runs: a sandbox."""
+
+    def snapshot(self) -> dict[str, object]:
+        """Tell the settings and what was bought so far."""
+        ...
+
+    def change(self, changes: Mapping[str, object]) -> None:
+        """Change settings, all or none.
+
+        Raises:
+            ValueError: a setting is unknown or out of range; the message names it.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Upstream adapters. A leaf: nothing here knows the gateway."""

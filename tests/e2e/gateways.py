@@ -1,0 +1,190 @@
+"""A gateway as its operator runs it: a process of its own, its CLI, its HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+
+ADMIN_KEY = "admin-key-of-the-tests"
+START_MAX_S = 30
+STOP_MAX_S = 30
+COMMAND = (sys.executable, "-m", "gateway")
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Answer:
+    """What a command printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a machine on which nothing is set up."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("IMAGEWAY")}
+    kept.pop("OPENAI_API_KEY", None)
+    return kept | {"IMAGEWAY_ADMIN_KEY": ADMIN_KEY, "PYTHONPATH": str(ROOT)} | more
+
+
+def command(*args: str, cwd: Path | None = None, **env: str) -> Answer:
+    """Run the CLI to its end."""
+    done = subprocess.run(
+        [*COMMAND, *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=cwd,
+        env=environment(**env),
+    )
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+@dataclass
+class LiveGateway:
+    """A gateway process over one data folder; can be killed and started again."""
+
+    data_dir: Path
+    config: Path | None = None
+    env: dict[str, str] = field(default_factory=dict)
+    url: str = ""
+    first_key: str | None = None
+    logs: list[str] = field(default_factory=list)
+    _process: subprocess.Popen[str] | None = None
+    _collector: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start it and wait until it listens."""
+        options = ["--port", "0", "--data-dir", str(self.data_dir)]
+        if self.config is not None:
+            options += ["--config", str(self.config)]
+        self._process = subprocess.Popen(
+            [*COMMAND, "serve", *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(**self.env),
+        )
+        self._collector = threading.Thread(target=self._collect_logs, daemon=True)
+        self._collector.start()
+        banner = self._banner()
+        found = re.search(r"runs at (\S+)", banner)
+        assert found, (banner, self.logs)
+        self.url = found[1]
+        key = re.search(r"iwk_live_\w+", banner)
+        self.first_key = key[0] if key else self.first_key
+
+    def stop(self) -> int:
+        """Stop it as an operator does; returns its exit code."""
+        assert self._process is not None
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        return self._ended()
+
+    def kill(self) -> None:
+        """End it at once, as a crash would."""
+        assert self._process is not None
+        self._process.kill()
+        self._ended()
+
+    def cli(self, *args: str) -> Answer:
+        """Run a command against the same data folder."""
+        done = command(*args, "--data-dir", str(self.data_dir))
+        assert done.code == 0 or args[0] == "audit", done
+        return done
+
+    def tenant(self, name: str, amount: str = "1000") -> str:
+        """Make a tenant with credits; returns a key of it."""
+        self.cli("tenants", "create", name, "--credits", amount, "--json")
+        made = self.cli("keys", "create", "--tenant", name, "--json").json
+        return str(made["key"])
+
+    def balance(self, name: str) -> dict[str, str]:
+        """Read a tenant's balance."""
+        found = self.cli("credits", "balance", "--tenant", name, "--json").json
+        assert isinstance(found, dict)
+        return found
+
+    def client(self, key: str | None = None, **more: Any) -> httpx.Client:
+        """An HTTP client that carries a key."""
+        headers = {"authorization": f"Bearer {key or self.first_key}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60, **more)
+
+    def sandbox(self, upstream: str, **settings: Any) -> dict[str, Any]:
+        """Change how a sandbox upstream behaves."""
+        with self.client(ADMIN_KEY) as admin:
+            answer = admin.patch(f"/admin/v1/sandbox/{upstream}", json=settings)
+        assert answer.status_code == 200, answer.text
+        found = answer.json()
+        assert isinstance(found, dict)
+        return found
+
+    def bought(self, upstream: str) -> int:
+        """Read how many jobs a sandbox upstream was given money for."""
+        purchases = self.sandbox(upstream)["purchases"]
+        return int(purchases["jobs"])
+
+    def metric(self, name: str) -> dict[str, float]:
+        """Read the samples of a metric, by their labels."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        found = [line.removeprefix(name) for line in lines if line.startswith(name)]
+        split = [line.rsplit(" ", 1) for line in found]
+        return {labels: float(value) for labels, value in split}
+
+    def audit(self) -> dict[str, Any]:
+        """Audit the books."""
+        found = self.cli("audit", "--json").json
+        assert isinstance(found, dict)
+        return found
+
+    def _ended(self) -> int:
+        assert self._process is not None
+        assert self._collector is not None
+        code = self._process.wait(STOP_MAX_S)
+        self._collector.join(STOP_MAX_S)
+        for pipe in (self._process.stdout, self._process.stderr):
+            assert pipe is not None
+            pipe.close()
+        return code
+
+    def _banner(self) -> str:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        watchdog = threading.Timer(START_MAX_S, self._process.kill)
+        watchdog.start()
+        banner = ""
+        for line in self._process.stdout:
+            banner += line
+            if "another key" in line or "    -d '" in line:
+                break
+        watchdog.cancel()
+        return banner
+
+    def _collect_logs(self) -> None:
+        assert self._process is not None
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self.logs.append(line)

@@ -1,0 +1,303 @@
+"""Working stand-ins for the ports: plain memory, no mocks."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from gateway.core import ledger
+from gateway.core.errors import InsufficientCreditsError
+from gateway.core.events import Event
+from gateway.core.ledger import Balance, Settled
+from gateway.core.limits import RiskBook
+from gateway.core.tasks import AttemptState, TaskState
+from gateway.ports import (
+    AttemptEnd,
+    AttemptRecord,
+    NewAttempt,
+    NewTask,
+    OpenBlob,
+    TaskEnd,
+    TaskRecord,
+)
+from providers.kit.contract import (
+    Billed,
+    Capabilities,
+    Done,
+    ImageJob,
+    MadeImage,
+    Pending,
+    ProviderError,
+    Usage,
+)
+
+
+class FakeEvents:
+    """Keeps what was emitted."""
+
+    def __init__(self) -> None:
+        self.seen: list[Event] = []
+
+    def emit(self, event: Event) -> None:
+        self.seen.append(event)
+
+
+class FakeChance:
+    """Counts up, and always draws the middle."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def token(self, alphabet: str, length: int) -> str:
+        self._count += 1
+        digits, rest = "", self._count
+        for _ in range(length):
+            rest, digit = divmod(rest, len(alphabet))
+            digits = alphabet[digit] + digits
+        return digits
+
+    def fraction(self) -> float:
+        return 0.5
+
+
+@dataclass
+class FakePayload:
+    """A picture in memory that knows whether it was closed."""
+
+    content: bytes
+    encoding: Literal["base64", "raw"] = "raw"
+    closed: bool = False
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.content)
+
+    def chunks(self) -> Iterator[bytes]:
+        assert not self.closed
+        yield self.content
+
+    def persist(self, path: str) -> None:
+        with open(path, "wb") as file:  # noqa: PTH123
+            file.write(self.content)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+Step = Done | Pending | ProviderError | Callable[[ImageJob], Awaitable[Done | Pending]]
+
+
+class ScriptedProvider:
+    """Answers each call with the next line of its script; the last one repeats."""
+
+    def __init__(self, *script: Step, n_max: int = 10) -> None:
+        self._script = deque(script)
+        self._n_max = n_max
+        self.jobs: list[ImageJob] = []
+        self.polled: list[str] = []
+
+    def capabilities(self, model: str) -> Capabilities:
+        return Capabilities(n_max=self._n_max)
+
+    async def start(self, job: ImageJob) -> Done | Pending:
+        self.jobs.append(job)
+        return await self._next(job)
+
+    async def poll(self, job: ImageJob, job_id: str) -> Done | Pending:
+        self.polled.append(job_id)
+        return await self._next(job)
+
+    async def close(self) -> None:
+        return
+
+    async def _next(self, job: ImageJob) -> Done | Pending:
+        step = self._script.popleft() if len(self._script) > 1 else self._script[0]
+        if isinstance(step, ProviderError):
+            raise step
+        if isinstance(step, Done | Pending):
+            return step
+        return await step(job)
+
+
+@dataclass
+class MemoryStore:
+    """A ``TaskStore`` for one tenant, by the rules of ``core.ledger``."""
+
+    balance: Balance = field(default_factory=Balance)
+    tasks: dict[str, TaskRecord] = field(default_factory=dict)
+    trail: list[str] = field(default_factory=list)
+    risk: RiskBook = field(default_factory=lambda: RiskBook(0, 0, 0))
+    waste_nanousd: int = 0
+    refuse_to_finish: list[Exception] = field(default_factory=list)
+
+    async def open(self, task: NewTask) -> None:
+        after = ledger.hold(self.balance, task.hold_nanocredits)
+        if after is None:
+            raise InsufficientCreditsError("not enough")
+        self.balance = after
+        self.trail.append(f"open {task.id}")
+        self.tasks[task.id] = TaskRecord(
+            id=task.id,
+            tenant_id=task.tenant_id,
+            key_id=task.key_id,
+            variant=task.variant,
+            operation=task.operation,
+            mode=task.mode,
+            state=TaskState.PENDING,
+            request_json=task.request_json,
+            route_json=None,
+            answer_json=None,
+            error_json=None,
+            usage=None,
+            usage_source=None,
+            hold_nanocredits=task.hold_nanocredits,
+            charged_nanocredits=None,
+            absorbed_nanocredits=None,
+            created_ms=task.created_ms,
+            deadline_ms=task.deadline_ms,
+            finished_ms=None,
+            attempts=(),
+            results=(),
+        )
+
+    async def begin_attempt(
+        self, attempt: NewAttempt, route_json: str | None = None
+    ) -> None:
+        self.trail.append(f"sending {attempt.offer_id}")
+        task = self.tasks.get(attempt.task_id)
+        if task is None:
+            return
+        begun = AttemptRecord(
+            seq=attempt.seq,
+            offer_id=attempt.offer_id,
+            upstream=attempt.upstream,
+            state=AttemptState.SENDING,
+            estimate_nanousd=attempt.estimate_nanousd,
+            started_ms=attempt.started_ms,
+            finished_ms=None,
+            job_id=None,
+            kind=None,
+            upstream_status=None,
+            upstream_code=None,
+            detail=None,
+            billed=None,
+            cost_nanousd=0,
+        )
+        self.tasks[task.id] = replace(
+            task,
+            state=TaskState.PROCESSING,
+            attempts=(*task.attempts, begun),
+            route_json=route_json or task.route_json,
+        )
+
+    async def accept_attempt(self, task_id: str, seq: int, job_id: str) -> None:
+        self.trail.append(f"accepted {job_id}")
+
+    async def end_attempt(self, end: AttemptEnd) -> None:
+        self.trail.append(f"{end.state.value} {end.kind or 'won'}")
+        if not end.won:
+            self.waste_nanousd += end.cost_nanousd
+        if not end.won and end.billed is Billed.MAYBE:
+            self.risk = RiskBook(
+                self.risk.rebuys + 1,
+                self.risk.risked_nanousd + end.cost_nanousd,
+                self.risk.spent_nanousd + end.cost_nanousd,
+            )
+        self._note_end(end)
+
+    async def finish(self, end: TaskEnd) -> Settled:
+        if self.refuse_to_finish:
+            raise self.refuse_to_finish.pop(0)
+        task = self.tasks[end.task_id]
+        if task.state.final:
+            return Settled(
+                task.charged_nanocredits or 0, task.absorbed_nanocredits or 0
+            )
+        self.trail.append(f"finish {end.state.value}")
+        self.balance, settled = ledger.settle(
+            self.balance, task.hold_nanocredits, end.due_nanocredits
+        )
+        self.tasks[task.id] = replace(
+            task,
+            state=end.state,
+            finished_ms=end.finished_ms,
+            usage=end.usage,
+            usage_source=end.usage_source,
+            answer_json=end.answer_json,
+            error_json=end.error_json,
+            route_json=end.route_json or task.route_json,
+            charged_nanocredits=settled.charged,
+            absorbed_nanocredits=settled.absorbed,
+            results=end.results,
+        )
+        if end.attempt is not None:
+            self._note_end(end.attempt)
+        return settled
+
+    async def get(self, task_id: str) -> TaskRecord | None:
+        return self.tasks.get(task_id)
+
+    async def unfinished(self, limit: int) -> Sequence[TaskRecord]:
+        return [t for t in self.tasks.values() if not t.state.final][:limit]
+
+    async def risk_book(self, since_ms: int) -> RiskBook:
+        return self.risk
+
+    def _note_end(self, end: AttemptEnd) -> None:
+        task = self.tasks.get(end.task_id)
+        if task is None:
+            return
+        self.tasks[task.id] = replace(
+            task,
+            attempts=tuple(
+                replace(
+                    attempt,
+                    state=end.state,
+                    kind=end.kind,
+                    billed=end.billed.value,
+                    cost_nanousd=end.cost_nanousd,
+                    finished_ms=end.finished_ms,
+                )
+                if attempt.seq == end.seq and attempt.finished_ms is None
+                else attempt
+                for attempt in task.attempts
+            ),
+        )
+
+
+@dataclass
+class MemoryBlobs:
+    """A ``BlobStore`` in a dictionary; can be told to be full."""
+
+    kept: dict[str, bytes] = field(default_factory=dict)
+    full: Exception | None = None
+
+    async def keep(
+        self, blob: str, image: MadeImage, *, as_it_came: bool = False
+    ) -> int:
+        if self.full is not None:
+            raise self.full
+        self.kept[blob] = b"".join(image.payload.chunks())
+        return len(self.kept[blob])
+
+    async def open(self, blob: str) -> OpenBlob | None:
+        raise AssertionError(blob)
+
+    async def delete(self, blob: str) -> None:
+        self.kept.pop(blob, None)
+
+    async def exists(self, blob: str) -> bool:
+        return blob in self.kept
+
+    async def expire(self, before_ms: int) -> int:
+        return 0
+
+
+def a_picture(content: bytes = b"a picture") -> MadeImage:
+    return MadeImage(FakePayload(content), "image/png", 1024, 1024)
+
+
+def delivered(images: int = 1, usage: Usage | None = None) -> Done:
+    return Done(images=tuple(a_picture() for _ in range(images)), usage=usage)

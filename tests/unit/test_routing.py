@@ -1,0 +1,187 @@
+"""Which offer goes first, and what is said of those left out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.core.breaker import BreakerState, Health
+from gateway.core.catalogue import Offer, PerImage
+from gateway.core.limits import (
+    REBUYS_ALWAYS,
+    RetryBudget,
+    RiskBook,
+    earned,
+    may_rebuy,
+    spent,
+)
+from gateway.core.routing import Moment, Wish, cannot, decide
+from providers.kit.contract import Capabilities, Operation
+
+WISH = Wish(Operation.GENERATE, (1024, 1024), "low", 1, "png")
+NOW = Moment(today="2026-11-24", left_ms=300_000)
+
+
+def offer(name: str, **changes: object) -> Offer:
+    plain = Offer(name, "gpt-image-2", "m", PerImage(flat=1), Capabilities())
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def reasons(
+    *priced: tuple[Offer, int | None], health: dict[str, Health] | None = None
+) -> dict[str, str]:
+    decision = decide(WISH, priced, health or {}, NOW)
+    return {candidate.offer.upstream: candidate.reason for candidate in decision.all}
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 1000), st.booleans(), st.integers(0, 3)),
+        max_size=12,
+    )
+)
+def test_the_first_choice_is_the_cheapest_of_those_that_may_be_tried(
+    shelf: list[tuple[int, bool, int]],
+) -> None:
+    priced = [(offer(f"u{i}"), cost) for i, (cost, _, _) in enumerate(shelf)]
+    health = {
+        f"u{i}/gpt-image-2": Health(
+            state=BreakerState.CLOSED if healthy else BreakerState.OPEN,
+            slots_free=slots,
+        )
+        for i, (_, healthy, slots) in enumerate(shelf)
+    }
+    open_costs = [cost for cost, healthy, slots in shelf if healthy and slots]
+
+    decision = decide(WISH, priced, health, NOW)
+
+    assert [c.cost_nanousd for c in decision.ranked] == sorted(open_costs)
+    assert len(decision.all) == len(shelf)
+
+
+def test_of_two_equal_ones_the_less_busy_goes_first_then_the_name_decides() -> None:
+    priced = [(offer("b"), 5), (offer("a"), 5), (offer("c"), 5)]
+    health = {"a/gpt-image-2": Health(in_flight=3)}
+
+    decision = decide(WISH, priced, health, NOW)
+
+    assert [c.offer.upstream for c in decision.ranked] == ["b", "c", "a"]
+
+
+def test_what_was_learned_of_real_costs_changes_the_order() -> None:
+    priced = [(offer("says-cheap"), 100), (offer("honest"), 120)]
+    health = {"says-cheap/gpt-image-2": Health(cost_ratio=1.5)}
+
+    decision = decide(WISH, priced, health, NOW)
+
+    assert [(c.offer.upstream, c.cost_nanousd) for c in decision.ranked] == [
+        ("honest", 120),
+        ("says-cheap", 150),
+    ]
+
+
+def test_everyone_left_out_is_told_why() -> None:
+    health = {
+        "open/gpt-image-2": Health(
+            state=BreakerState.OPEN, reason="5 failures in a row"
+        ),
+        "full/gpt-image-2": Health(slots_free=0),
+        "slow/gpt-image-2": Health(usual_ms=400_000.0),
+    }
+
+    assert reasons(
+        (offer("fine"), 1),
+        (offer("open"), 1),
+        (offer("full"), 1),
+        (offer("slow"), 1),
+        (offer("gone", sunset_on="2026-11-24"), 1),
+        (offer("unpriced"), None),
+        (offer("editor", capabilities=Capabilities(frozenset({Operation.EDIT}))), 1),
+        health=health,
+    ) == {
+        "fine": "",
+        "open": "open: 5 failures in a row",
+        "full": "no free slot",
+        "slow": "usually takes longer than the time left",
+        "gone": "ended at this upstream on 2026-11-24",
+        "unpriced": "cost unknown for this size and quality",
+        "editor": "cannot generate",
+    }
+
+
+def test_an_offer_lives_until_the_day_before_its_sunset() -> None:
+    assert reasons((offer("last-day", sunset_on="2026-11-25"), 1)) == {"last-day": ""}
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "wish", "reason"),
+    [
+        (
+            Capabilities(sizes=frozenset({(512, 512)})),
+            WISH,
+            "cannot make size 1024x1024",
+        ),
+        (
+            Capabilities(sizes=frozenset({(512, 512)})),
+            replace(WISH, size=None),
+            "cannot make size auto",
+        ),
+        (Capabilities(qualities=frozenset({"high"})), WISH, "cannot make quality low"),
+        (Capabilities(output_formats=frozenset({"webp"})), WISH, "cannot make a png"),
+        (
+            Capabilities(backgrounds=frozenset({"opaque"})),
+            replace(WISH, background="transparent"),
+            "cannot make a transparent background",
+        ),
+        (Capabilities(), replace(WISH, references=1), "takes at most 0 references"),
+        (
+            Capabilities(references_max=1),
+            replace(WISH, references=1, mask=True),
+            "cannot use a mask",
+        ),
+        (Capabilities(backgrounds=frozenset()), replace(WISH, background="auto"), None),
+    ],
+)
+def test_what_an_offer_cannot_do_is_known_before_the_call(
+    capabilities: Capabilities, wish: Wish, reason: str | None
+) -> None:
+    assert cannot(capabilities, wish) == reason
+
+
+def test_the_soonest_return_is_known() -> None:
+    health = {
+        "a/gpt-image-2": Health(state=BreakerState.OPEN, retry_at_ms=9_000),
+        "b/gpt-image-2": Health(state=BreakerState.PAUSED, retry_at_ms=4_000),
+    }
+
+    decision = decide(WISH, [(offer("a"), 1), (offer("b"), 1)], health, NOW)
+
+    assert decision.soonest_retry_ms == 4_000
+
+
+def test_five_requests_earn_one_further_attempt() -> None:
+    budget = RetryBudget(tokens=0.0, at_ms=0)
+    for _ in range(4):
+        budget = earned(budget, 0)
+    assert spent(budget, 0) is None
+
+    assert spent(earned(budget, 0), 0) is not None
+
+
+def test_three_further_attempts_in_ten_seconds_are_always_there() -> None:
+    budget: RetryBudget | None = RetryBudget(tokens=0.0, at_ms=0)
+    taken = 0
+    while budget is not None:
+        budget = spent(budget, 10_000)
+        taken += budget is not None
+
+    assert taken == 3
+
+
+def test_second_purchases_stay_within_one_percent_of_the_spend() -> None:
+    assert may_rebuy(RiskBook(REBUYS_ALWAYS - 1, 10**12, 0), 10**12)
+    assert may_rebuy(RiskBook(REBUYS_ALWAYS, 40, 10_000), 60)
+    assert not may_rebuy(RiskBook(REBUYS_ALWAYS, 40, 10_000), 61)
