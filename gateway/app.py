@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 
 import msgspec
 import uvicorn
@@ -20,8 +22,10 @@ from litestar.types import ASGIApp, ControllerRouterHandler
 
 from gateway.adapters.blobs import DiskBlobs
 from gateway.adapters.clock import SystemChance, SystemClock
-from gateway.adapters.data_dir import DataDir, DataDirError
+from gateway.adapters.convert import PillowStudio
+from gateway.adapters.data_dir import DataDir
 from gateway.adapters.events import FanOut
+from gateway.adapters.fetcher import GuardedFetcher, SystemResolver
 from gateway.adapters.hot_memory import MemoryBoard
 from gateway.adapters.logs import LogListener
 from gateway.adapters.metrics import Metrics
@@ -29,28 +33,43 @@ from gateway.api.admin import AdminGate, admin_routes
 from gateway.api.credits import credit_routes
 from gateway.api.errors import internal_error, render_error
 from gateway.api.estimate import estimate_body, estimate_routes
+from gateway.api.files import FileApi, file_routes
 from gateway.api.front import Front
 from gateway.api.health import health_routes
-from gateway.api.http import AnyRequest, note_of
-from gateway.api.images import Generations, image_routes
-from gateway.api.links import Links, link_routes
+from gateway.api.http import AnyRequest, ClientGoneError, note_of
+from gateway.api.images import Images, image_routes
+from gateway.api.links import Links, OpenLinks, link_routes
 from gateway.api.models import model_routes
 from gateway.api.render import Renderer, route_facts
 from gateway.api.tasks import task_routes
-from gateway.books import Books, StartError, first_run, open_books
+from gateway.books import (
+    Books,
+    StartError,
+    check_storage,
+    first_run,
+    open_books,
+)
+from gateway.core.addresses import UrlRules
 from gateway.core.catalogue import Catalogue
-from gateway.core.errors import GatewayError, InvalidRequestError, NotFoundError
+from gateway.core.errors import (
+    GatewayError,
+    InvalidRequestError,
+    NotFoundError,
+    storage_full,
+)
 from gateway.core.pricing import offer_cost_nanousd
 from gateway.core.requests import parse_generation
 from gateway.core.routing import Moment, decide
 from gateway.core.tokens import bound_usage
 from gateway.flows.dispatch import Dispatcher, candidate_facts
+from gateway.flows.files import FetchFile, Files
 from gateway.flows.generate import SYNC_DEADLINE_MS, Generate, wish_of
+from gateway.flows.inputs import LoadInputs
 from gateway.flows.keys import Authenticate
 from gateway.flows.recovery import Recovery
 from gateway.flows.results import RESULT_KEPT_MS, Results
 from gateway.flows.tasks import ReadTask
-from gateway.ports import TaskRecord, Tunable
+from gateway.ports import Fetcher, TaskRecord, Tunable
 from gateway.settings import Settings, load_settings
 from gateway.workers import DRAIN_MAX_S, Loops, TaskRunner
 from providers.kit.contract import Provider
@@ -64,6 +83,7 @@ SWEEP_EVERY_S = 60.0
 EXPIRE_EVERY_S = 900.0
 AUDIT_EVERY_S = 3600.0
 CONNECTIONS_SPARE = 1.1
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 RESULT_GRACE_MS = 1_800_000
 """Links end after 24 h; the files are gone half an hour later."""
 
@@ -85,10 +105,11 @@ class Gateway:
     providers: Mapping[str, Provider]
     wire: Wire
     log: LogListener
+    audit: Callable[[], Awaitable[None]]
 
-    async def close(self) -> None:
-        """Let work end, then give connections back."""
-        late = await self.runner.drain()
+    async def close(self, *, at_once: bool = False) -> None:
+        """Let work end, unless ``at_once``; then give connections back."""
+        late = self.runner.in_flight if at_once else await self.runner.drain()
         if late:
             self.log.note("drain_timeout", tasks=late)
         for provider in self.providers.values():
@@ -121,10 +142,13 @@ def connect_providers(
     return providers, wire, catalogue
 
 
-def build_gateway(settings: Settings, books: Books, log: LogListener) -> Gateway:
+def build_gateway(
+    settings: Settings, books: Books, log: LogListener, fetcher: Fetcher
+) -> Gateway:
     """Wire everything together."""
     clock, chance, metrics = SystemClock(), SystemChance(), Metrics()
-    events = FanOut((metrics.on_event, log.on_event))
+    metrics.watch_log(lambda: log.dropped_lines)
+    events = FanOut((metrics.on_event, log.on_event), log.on_crash)
     providers, wire, catalogue = connect_providers(settings, books.data_dir.spool)
     offers = [offer for each in catalogue.offers.values() for offer in each]
     metrics.known([offer.id for offer in offers], list(catalogue.variants))
@@ -135,33 +159,46 @@ def build_gateway(settings: Settings, books: Books, log: LogListener) -> Gateway
         slots={u.name: u.max_concurrent for u in settings.upstreams},
     )
     blobs = DiskBlobs(books.data_dir.results)
-    results = Results(blobs)
+    uploads = DiskBlobs(books.data_dir.uploads)
+    spools = SpoolFolder(books.data_dir.spool)
+    results = Results(blobs, clock)
     generate = Generate(
         catalogue=catalogue,
         store=books.tasks,
-        dispatcher=Dispatcher(providers, board, books.tasks, clock, events),
+        dispatcher=Dispatcher(
+            providers, board, books.tasks, clock, events, log.on_crash
+        ),
         results=results,
+        ledger=books.ledger,
+        studio=PillowStudio(spools),
         clock=clock,
         chance=chance,
         events=events,
         today=lambda: _today(clock),
     )
     runner = TaskRunner(generate, log.on_crash)
-    recovery = Recovery(books.tasks, clock)
+    recovery = Recovery(books.tasks, clock, events)
     authenticate = Authenticate(books.accounts, clock, books.secret)
     links = Links(books.secret, settings.server.public_url)
     renderer = Renderer(settings.nanocredits_per_usd)
     gate = AdminGate(settings.server.admin_key)
-    generations = Generations(
+    images = Images(
         catalogue=catalogue,
         authenticate=authenticate,
         generate=generate,
+        load_inputs=LoadInputs(fetcher, books.files, uploads, spools, clock),
         runner=runner,
         results=results,
         links=links,
         renderer=renderer,
+        spools=spools,
+        storage_trouble=books.data_dir.trouble,
     )
     read_task = ReadTask(books.tasks, blobs, clock)
+    files = Files(books.files, uploads, clock, chance)
+    file_api = FileApi(
+        authenticate, files, FetchFile(files, fetcher, spools), spools, links
+    )
 
     async def audited() -> None:
         report = await books.audit()
@@ -173,12 +210,13 @@ def build_gateway(settings: Settings, books: Books, log: LogListener) -> Gateway
 
     inner = _litestar(
         [
-            *image_routes(generations),
+            *image_routes(images),
             *estimate_routes(authenticate, catalogue, settings.nanocredits_per_usd),
             *task_routes(authenticate, gate, read_task, links, renderer),
             *credit_routes(authenticate, books.tenants),
             *model_routes(authenticate, catalogue),
-            *link_routes(links, blobs, clock),
+            *link_routes(OpenLinks(links, blobs, uploads, clock)),
+            *file_routes(file_api),
             *admin_routes(gate, _sandboxes(providers)),
             *health_routes(
                 {"database": _database_check(books), "disk": books.data_dir.trouble},
@@ -195,7 +233,9 @@ def build_gateway(settings: Settings, books: Books, log: LogListener) -> Gateway
             log.on_crash,
             {
                 "overdue tasks": (SWEEP_EVERY_S, recovery.overdue),
+                "sent results": (SWEEP_EVERY_S, results.forget_sent),
                 "expired results": (EXPIRE_EVERY_S, expired),
+                "expired uploads": (EXPIRE_EVERY_S, files.expire),
                 "audit": (AUDIT_EVERY_S, audited),
             },
         ),
@@ -204,6 +244,7 @@ def build_gateway(settings: Settings, books: Books, log: LogListener) -> Gateway
         providers=providers,
         wire=wire,
         log=log,
+        audit=audited,
     )
 
 
@@ -241,16 +282,22 @@ async def started(
     """
     log = LogListener()
     listening = listen(settings.server.host, settings.server.port)
-    async with open_books(settings) as books:
-        try:
-            books.data_dir.lock()
-        except DataDirError as error:
-            raise StartError(str(error)) from error
+    async with open_books(settings, alone=True) as books:
         # Only now: commands run beside a live gateway and its spools.
         swept = SpoolFolder(books.data_dir.spool).sweep()
-        gateway = build_gateway(settings, books, log)
+        fetcher = GuardedFetcher(
+            SystemClock(),
+            SystemResolver().resolve,
+            rules=UrlRules(
+                ("https", "http") if settings.inputs.allow_http else ("https",),
+                settings.inputs.ports,
+            ),
+            allow=settings.inputs.allow_networks,
+        )
+        gateway = build_gateway(settings, books, log, fetcher)
         recovered = await gateway.recovery.after_start()
         first = await first_run(books)
+        await gateway.audit()
         log.note("started", recovered_tasks=recovered, swept_spools=swept)
         yield gateway, listening, first.secret if first else None
     log.note("stopped")
@@ -277,13 +324,14 @@ async def serve(
         timeout_graceful_shutdown=int(DRAIN_MAX_S),
     )
     loops = asyncio.create_task(gateway.loops.run())
+    server = _Server(config, ready)
     try:
-        await _Server(config, ready).serve(sockets=[listening])
+        await server.serve(sockets=[listening])
     finally:
         loops.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await loops
-        await gateway.close()
+        await gateway.close(at_once=server.force_exit)
 
 
 class _Server(uvicorn.Server):
@@ -295,6 +343,12 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._ready = ready
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # The first signal lets what is under way end, the second does not.
+        if self.should_exit:
+            self.force_exit = True
+        super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -316,7 +370,8 @@ def _litestar(handlers: list[ControllerRouterHandler], log: LogListener) -> Lite
     def refused(request: AnyRequest, error: GatewayError) -> Response[bytes]:
         note = note_of(request.scope)
         note.error_code = error.code
-        rendered = render_error(error, note.id)
+        note.client_gone = isinstance(error, ClientGoneError)
+        rendered = render_error(error, note.id, request.scope["path"])
         return Response(
             rendered.body, status_code=rendered.status, headers=dict(rendered.headers)
         )
@@ -325,6 +380,8 @@ def _litestar(handlers: list[ControllerRouterHandler], log: LogListener) -> Lite
         return refused(request, _from_framework(error, request))
 
     def crashed(request: AnyRequest, error: Exception) -> Response[bytes]:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            return refused(request, storage_full())
         log.on_crash(error, note_of(request.scope).id)
         return refused(request, internal_error())
 
@@ -341,7 +398,7 @@ def _litestar(handlers: list[ControllerRouterHandler], log: LogListener) -> Lite
 
 
 def _from_framework(error: HTTPException, request: AnyRequest) -> GatewayError:
-    where = f"{request.method} {request.url.path[:200]}"
+    where = f"{request.method} {request.scope['path'][:200]}"
     if error.status_code == 404:  # noqa: PLR2004
         return NotFoundError(
             f"There is nothing at {where}. Check the path and the base URL, which "
@@ -385,8 +442,9 @@ def checked_catalogue(settings: Settings) -> Catalogue:
     """Build the catalogue as a gateway would.
 
     Raises:
-        StartError: an upstream's options are wrong.
+        StartError: an upstream's options, or where to store, cannot be used.
     """
+    check_storage(settings)
     providers, _, catalogue = connect_providers(
         settings, DataDir(settings.storage.data_dir).spool
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from gateway.adapters.clock import SystemChance, SystemClock
 from gateway.adapters.data_dir import DataDir, DataDirError
 from gateway.adapters.sql.accounts import SqlAccounts
+from gateway.adapters.sql.files import SqlFiles
 from gateway.adapters.sql.ledger import SqlLedger
 from gateway.adapters.sql.migrations import SchemaTooNewError, migrate
 from gateway.adapters.sql.sqlite import SqliteDatabase
@@ -46,6 +47,7 @@ class Books:
     accounts: Accounts
     ledger: SqlLedger
     tasks: SqlTaskStore
+    files: SqlFiles
     tenants: ManageTenants
     keys: ManageKeys
     data_dir: DataDir
@@ -56,22 +58,51 @@ class Books:
         return await self.ledger.audit()
 
 
-@asynccontextmanager
-async def open_books(settings: Settings) -> AsyncIterator[Books]:
-    """Open the store, and bring its schema up to date.
+def check_storage(settings: Settings) -> None:
+    """See that what the config asks for is there.
 
     Raises:
-        StartError: it cannot be opened.
+        StartError: this version has no such storage.
     """
-    if settings.storage.database != "sqlite":
-        raise StartError(
-            "storage.database: only sqlite is supported by this version. "
-            'Set database = "sqlite".'
-        )
+    storage = settings.storage
+    supported = {
+        "database": (storage.database, "sqlite"),
+        "redis": (storage.redis, ""),
+        "results": (storage.results, "disk"),
+    }
+    for name, (asked, there) in supported.items():
+        if asked != there:
+            raise StartError(
+                f'storage.{name}: this version supports only "{there}" here.'
+            )
+
+
+@asynccontextmanager
+async def open_books(
+    settings: Settings, *, alone: bool = False, new: bool = True
+) -> AsyncIterator[Books]:
+    """Open the store, and bring its schema up to date.
+
+    Args:
+        settings: says where.
+        alone: take the data folder for this process first; for what serves.
+        new: whether it may be made; False refuses a folder without a database.
+
+    Raises:
+        StartError: it cannot be opened, or is taken.
+    """
+    check_storage(settings)
     clock, chance = SystemClock(), SystemChance()
     data_dir = DataDir(settings.storage.data_dir)
+    if not new and not data_dir.database.exists():
+        raise StartError(
+            f"there is no database in {data_dir.root}. Name the data folder with "
+            "--data-dir; imageway serve and imageway tenants create make one."
+        )
     try:
         data_dir.prepare()
+        if alone:
+            data_dir.lock()
         secret = data_dir.secret()
         database = await SqliteDatabase.open(data_dir.database)
     except (DataDirError, GatewayError) as error:
@@ -84,6 +115,7 @@ async def open_books(settings: Settings) -> AsyncIterator[Books]:
             accounts=accounts,
             ledger=ledger,
             tasks=SqlTaskStore(database),
+            files=SqlFiles(database),
             tenants=ManageTenants(accounts, ledger, clock, chance),
             keys=ManageKeys(accounts, clock, chance, secret),
             data_dir=data_dir,
@@ -96,8 +128,16 @@ async def open_books(settings: Settings) -> AsyncIterator[Books]:
 
 
 async def first_run(books: Books) -> NewKey | None:
-    """Make a first tenant with credits and a key, if there is no tenant at all."""
-    if await books.accounts.tenants():
+    """Make a first tenant with credits and a key, if there is no tenant at all.
+
+    What a crash left half done is completed: the first tenant alone, without a key.
+    """
+    known = [tenant for tenant, _ in await books.accounts.tenants()]
+    if not known:
+        known = [await books.tenants.create(FIRST_TENANT)]
+    first, *others = known
+    if others or first.name != FIRST_TENANT or await books.accounts.keys(first.id):
         return None
-    tenant = await books.tenants.create(FIRST_TENANT, nanocredits=FIRST_CREDITS * NANO)
-    return await books.keys.create(tenant)
+    grant = FIRST_CREDITS * NANO
+    await books.tenants.grant(first, grant, reference="first grant")
+    return await books.keys.create(first)

@@ -160,7 +160,7 @@ def tenants_create(
         credits_text = decimal_text(balance.available)
         return {"tenant": name, "tenant_id": tenant.id, "credits": credits_text}
 
-    made = _with_books(config, data_dir, run)
+    made = _with_books(config, data_dir, run, new=True)
     _show(made, f"made tenant {name} with {made['credits']} credits", as_json=as_json)
 
 
@@ -479,7 +479,7 @@ def healthcheck(url: str) -> None:
     try:
         with urlopen(f"{url}/health/ready", timeout=5) as answer:  # noqa: S310
             click.echo(answer.read().decode())
-    except (URLError, OSError) as error:
+    except (URLError, OSError, ValueError) as error:
         _fail(f"{url} is not ready: {error}")
 
 
@@ -513,13 +513,17 @@ def _settings(
 
 
 def _with_books(
-    config: Path | None, data_dir: Path | None, run: Callable[[Books], Awaitable[T]]
+    config: Path | None,
+    data_dir: Path | None,
+    run: Callable[[Books], Awaitable[T]],
+    *,
+    new: bool = False,
 ) -> T:
     settings = _settings(config, data_dir, {}, adapters=False)
     from gateway.books import open_books
 
     async def opened() -> T:
-        async with open_books(settings) as books:
+        async with open_books(settings, new=new) as books:
             return await run(books)
 
     with _one_line_errors():

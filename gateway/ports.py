@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from gateway.core.breaker import Health, Outcome
 from gateway.core.events import Event
 from gateway.core.ledger import Balance, Settled
 from gateway.core.limits import RiskBook
 from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
-from providers.kit.contract import Billed, MadeImage, Operation, Usage
+from providers.kit.contract import Billed, MadeImage, Operation, Payload, Usage
 
 # --- records: what the store keeps, as the flows see it ---
 
@@ -109,7 +109,9 @@ class StoredResult:
 class TaskEnd:
     """The end of a task: its settlement, and all that is committed with it.
 
-    ``route_json`` None leaves the decision that was kept with the first attempt.
+    ``attempts`` are the ends of those not ended yet; one that is not among them and
+    still open is booked as maybe billed. ``route_json`` None leaves the decision that
+    was kept with the first attempt.
     """
 
     task_id: str
@@ -121,7 +123,7 @@ class TaskEnd:
     answer_json: str | None = None
     error_json: str | None = None
     route_json: str | None = None
-    attempt: AttemptEnd | None = None
+    attempts: tuple[AttemptEnd, ...] = ()
     results: tuple[StoredResult, ...] = ()
 
 
@@ -361,6 +363,10 @@ class BlobStore(Protocol):
         """
         ...
 
+    async def keep_file(self, blob: str, content: Payload) -> int:
+        """Store a file's raw bytes under a name, durably; returns its length."""
+        ...
+
     async def open(self, blob: str) -> OpenBlob | None:
         """Open a stored picture; None if it is not there."""
         ...
@@ -412,8 +418,118 @@ class HealthBoard(Protocol):
         """Give the slot back and note how the call went."""
         ...
 
-    async def wait_for_slot(self, at_most_s: float) -> bool:
-        """Wait until a slot is given back; False if none was, or too many wait."""
+    async def wait_for_slot(self, offer_ids: Sequence[str], at_most_s: float) -> bool:
+        """Wait until one of the offers may have a slot; False if too many wait.
+
+        True promises nothing: whoever waited looks again.
+        """
+        ...
+
+
+class WritableSpool(Payload, Protocol):
+    """A spool being filled; the first read ends the writing."""
+
+    def append(self, data: bytes) -> None:
+        """Add to the end.
+
+        Raises:
+            SpoolLimitError: it would grow over its limit.
+        """
+        ...
+
+
+class Spools(Protocol):
+    """Makes spools for files under way."""
+
+    def open(
+        self, encoding: Literal["base64", "raw"], *, limit_bytes: int
+    ) -> WritableSpool:
+        """Make an empty spool that may grow to ``limit_bytes``."""
+        ...
+
+
+class Studio(Protocol):
+    """Re-encodes pictures."""
+
+    async def convert(
+        self, image: MadeImage, output_format: str, compression: int | None
+    ) -> MadeImage | None:
+        """Make a copy in another format (png, jpeg, webp), in a payload of its own.
+
+        ``compression`` is 0 to 100 for jpeg and webp. None when the picture cannot be
+        decoded.
+        """
+        ...
+
+
+class FetchRefusedError(Exception):
+    """A URL may not be, or could not be, fetched. The message may be shown.
+
+    It never tells a private address from one that does not answer: that would let
+    callers map the network that the gateway stands in.
+    """
+
+
+class Fetcher(Protocol):
+    """Fetches what callers point at, and nothing that they should not reach."""
+
+    async def fetch(self, url: str, into: WritableSpool, *, deadline_s: float) -> None:
+        """Stream the file at ``url`` into a spool.
+
+        ``deadline_s`` is the time for all of it, in seconds.
+
+        Raises:
+            FetchRefusedError: the address is not public, or the file did not come
+                whole, in time and within the spool's limit.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file that a tenant uploaded, to be used in its requests for 72 h."""
+
+    id: str
+    tenant_id: str
+    name: str
+    original_name: str
+    upload_path: str
+    media_type: str
+    size_bytes: int
+    width_px: int
+    height_px: int
+    created_ms: int
+    expires_ms: int
+
+    @property
+    def blob(self) -> str:
+        """Its name in the blob store."""
+        return self.id
+
+
+class FileStore(Protocol):
+    """What tenants uploaded."""
+
+    async def add_file(self, file: StoredFile, *, files_max: int, now_ms: int) -> bool:
+        """Write a file down; False if the tenant has as many as it may, unexpired."""
+        ...
+
+    async def file(self, file_id: str, *, now_ms: int) -> StoredFile | None:
+        """Find a file that has not expired."""
+        ...
+
+    async def files(
+        self, tenant_id: str, *, now_ms: int, offset: int, limit: int
+    ) -> tuple[int, Sequence[StoredFile]]:
+        """List a tenant's unexpired files, newest first, with their number."""
+        ...
+
+    async def remove_file(self, file_id: str) -> None:
+        """Forget a file; one that is not there is no error."""
+        ...
+
+    async def expired_files(self, *, now_ms: int, limit: int) -> Sequence[StoredFile]:
+        """List files whose time is over."""
         ...
 
 

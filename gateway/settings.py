@@ -18,6 +18,7 @@ from datetime import UTC, date, datetime
 from decimal import Decimal, InvalidOperation
 from enum import Enum
 from fractions import Fraction
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -48,6 +49,7 @@ SECRET_MAX_BYTES = 65_536
 AMOUNT_MAX = 1_000_000
 """No price and no rate is over this; a bigger one is a slip."""
 DECIMAL_PLACES_MAX = 15
+PORT_MAX = 65_535
 TOKEN_CLASSES = (
     "text_input",
     "text_cached",
@@ -88,6 +90,15 @@ class Storage:
     database: str = field(repr=False)
     redis: str = field(repr=False)
     results: str
+
+
+@dataclass(frozen=True, slots=True)
+class InputSettings:
+    """Where reference images may be fetched from."""
+
+    allow_networks: tuple[IPv4Network | IPv6Network, ...]
+    allow_http: bool
+    ports: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +161,7 @@ class Settings:
 
     server: Server
     storage: Storage
+    inputs: InputSettings
     nanocredits_per_usd: int
     variants: Mapping[str, Variant]
     upstreams: tuple[UpstreamSettings, ...]
@@ -331,6 +343,21 @@ GATEWAY_KEYS: tuple[Key, ...] = (
         Kind.TABLE,
         "The unit of the tenants' money.",
         keys=(Key("per_usd", Kind.AMOUNT, "Credits per US dollar.", 68),),
+    ),
+    Key(
+        "inputs",
+        Kind.TABLE,
+        "Where reference images may be fetched from.",
+        keys=(
+            Key(
+                "allow_networks",
+                Kind.TEXTS,
+                "Networks of your own that may be reached though not public.",
+                (),
+            ),
+            Key("allow_http", Kind.FLAG, "Fetch http:// URLs too.", default=False),
+            Key("ports", Kind.TEXTS, "TCP ports that URLs may name.", ("443", "80")),
+        ),
     ),
     Key("upstream", Kind.TABLES, "Accounts at providers.", keys=UPSTREAM_KEYS),
 )
@@ -970,17 +997,19 @@ def _settings(
         _check_upstream(path, row, rows, kinds, desk)
         _check_offers(path, row, variants, desk)
     server, storage = _server(values, desk), _storage(values, desk)
+    inputs = _inputs(values, desk)
     active, left_out = _active(rows, desk)
     if rows and len(left_out) == len(rows):
         reasons = "; ".join(f"{out.upstream} {out.reason}" for out in left_out)
         desk.wrong("upstream", f"none is in use: {reasons}")
-    if desk.problems or server is None or storage is None:
+    if desk.problems or server is None or storage is None or inputs is None:
         return None
     upstreams = tuple(_upstream(row, secret) for row, secret in active)
     offers = tuple(_offer(row, offer) for row, _ in active for offer in row["offer"])
     return Settings(
         server=server,
         storage=storage,
+        inputs=inputs,
         nanocredits_per_usd=values["credits"]["per_usd"],
         variants=variants or {},
         upstreams=upstreams,
@@ -1119,6 +1148,25 @@ def _storage(values: _Values, desk: _Desk) -> Storage | None:
         redis=storage["redis"],
         results=results,
     )
+
+
+def _inputs(values: _Values, desk: _Desk) -> InputSettings | None:
+    inputs = values["inputs"]
+    if None in inputs.values():
+        return None
+    networks: list[IPv4Network | IPv6Network] = []
+    for index, text in enumerate(inputs["allow_networks"]):
+        try:
+            networks.append(ip_network(text))
+        except ValueError as error:
+            desk.wrong(f"inputs.allow_networks[{index}]", f"is no network: {error}")
+    ports = inputs["ports"]
+    for index, text in enumerate(ports):
+        if not text.isascii() or not text.isdigit() or not 0 < int(text) <= PORT_MAX:
+            desk.wrong(f"inputs.ports[{index}]", f"must be 1 to {PORT_MAX}, as text")
+    if desk.problems:
+        return None  # whatever it was, ports may be no numbers
+    return InputSettings(tuple(networks), inputs["allow_http"], tuple(map(int, ports)))
 
 
 def _locate(text: str | None, key: Key, desk: _Desk) -> str | None:

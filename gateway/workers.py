@@ -10,6 +10,7 @@ from gateway.core.errors import GatewayError, ServiceUnavailableError
 from gateway.flows.generate import Accepted, Generate
 from gateway.flows.tasks import TaskView
 from gateway.ports import Clock
+from providers.kit.contract import Partial
 
 IN_FLIGHT_MAX_TASKS = 2_000
 DRAIN_MAX_S = 180.0
@@ -25,9 +26,17 @@ class TaskRunner:
     crashed: Crashed
     _running: set[asyncio.Task[TaskView]] = field(default_factory=set)
 
-    def start(self, accepted: Accepted, *, links: bool) -> asyncio.Task[TaskView]:
+    def start(
+        self,
+        accepted: Accepted,
+        *,
+        links: bool,
+        on_partial: Callable[[Partial], None] | None = None,
+    ) -> asyncio.Task[TaskView]:
         """Start carrying a task out."""
-        work = asyncio.create_task(self._guarded(accepted, links=links))
+        work = asyncio.create_task(
+            self._guarded(accepted, on_partial=on_partial, links=links)
+        )
         self._running.add(work)
         work.add_done_callback(self._over)
         return work
@@ -63,19 +72,27 @@ class TaskRunner:
         if not work.cancelled():
             work.exception()  # read here, since the client may be gone
 
-    async def _guarded(self, accepted: Accepted, *, links: bool) -> TaskView:
+    async def _guarded(
+        self,
+        accepted: Accepted,
+        *,
+        links: bool,
+        on_partial: Callable[[Partial], None] | None,
+    ) -> TaskView:
         try:
-            return await self.generate.carry_out(accepted, links=links)
+            return await self.generate.carry_out(
+                accepted, links=links, on_partial=on_partial
+            )
         except GatewayError:
             raise
         except Exception as error:
-            self.crashed(error, accepted.task.id)
             internal = GatewayError(
                 "Something went wrong in the gateway itself. You were not charged. "
                 "Send the task id to the operator.",
                 client_may_retry=False,
             )
             await self.generate.give_up(accepted, internal)
+            self.crashed(error, accepted.task.id)
             raise internal from error
 
 

@@ -1,34 +1,43 @@
 """A pretend upstream that lives in the process: demos, tests, the playground.
 
-It makes real pictures that show what was asked for, and fails in every way that an
-upstream can, as its settings say. The settings can be changed while it runs.
+It makes real pictures that show what was asked for: the prompt and, of an edit, its
+references and mask. It fails in every way that an upstream can, as its settings say.
+The settings can be changed while it runs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import io
+import struct
+import tempfile
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Annotated, Literal
+from typing import IO, Annotated, Literal
 
 import msgspec
 from PIL import Image, ImageDraw, ImageFont
 
 from providers.kit.contract import (
     Account,
+    Billed,
     Capabilities,
     Done,
     FailureKind,
     ImageJob,
+    InputFile,
     MadeImage,
     Operation,
+    Partial,
     Pending,
     ProviderError,
 )
+from providers.kit.payloads import raw_chunks
 from providers.kit.spool import SpoolFolder
+from providers.kit.streams import Emit, relayed
 from providers.kit.wire import Tools
 
 AUTO_SIZE_PX = (1024, 1024)
@@ -36,6 +45,13 @@ EDGE_MAX_PX = 4096
 PROMPT_MAX_CHARS = 240
 PAINTERS_MAX = 2
 RETRY_AFTER_S = 5.0
+REFERENCES_MAX = 16
+DECODED_MAX_PX = 8 * 1024 * 1024
+"""Of a file as it is decoded; a JPEG can be, at an eighth of its edges."""
+OPENED_MAX_PX = 64 * 1024 * 1024
+REFERENCE_EDGE_PX = 1024
+THUMBNAIL_EDGE_PX = 256
+FILE_IN_MEMORY_MAX_BYTES = 1024 * 1024
 
 
 _KINDS = f"^(none|{'|'.join(kind.value for kind in FailureKind)})$"
@@ -47,6 +63,7 @@ class _Knobs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     failure_kind: Annotated[str, msgspec.Meta(pattern=_KINDS)] = "bad_gateway"
     usage: Literal["reported", "missing"] = "reported"
     images_short: Annotated[int, msgspec.Meta(ge=0, le=10)] = 0
+    stream: bool = True
 
 
 class SandboxSettings:
@@ -55,7 +72,7 @@ class SandboxSettings:
     ``latency_ms`` (0 to 600,000) is how long a job takes; a share of ``failure_rate``
     (0 to 1) of the jobs fails as ``failure_kind`` (a ``FailureKind``'s value, or
     ``none``); ``usage`` is ``reported`` or ``missing``; ``images_short`` pictures are
-    missing in each answer.
+    missing in each answer; ``stream`` says whether it shows partial pictures.
     """
 
     def __init__(self, changes: Mapping[str, object] | None = None) -> None:
@@ -118,8 +135,13 @@ class Sandbox:
     )
 
     def capabilities(self, model: str) -> Capabilities:  # noqa: ARG002 - the contract's; here all models are alike
-        """Everything but references: it only paints."""
-        return Capabilities()
+        """Everything that the settings leave on."""
+        return Capabilities(
+            operations=frozenset(Operation),
+            mask=True,
+            references_max=REFERENCES_MAX,
+            stream=self.settings.knobs.stream,
+        )
 
     async def start(self, job: ImageJob) -> Done | Pending:
         """Paint the pictures, or fail as the settings say.
@@ -127,22 +149,29 @@ class Sandbox:
         A job counts as bought once it was not refused: who hangs up, or is told that
         the outcome is unknown, has bought it all the same.
         """
-        knobs = self.settings.knobs
-        if not _paintable(job):
+        return await self._work(job, None)
+
+    async def stream(self, job: ImageJob) -> AsyncGenerator[Partial | Done, None]:
+        """Paint as ``start`` does, and show the first picture get sharper.
+
+        Who has seen something of a job that fails may have bought it.
+        """
+        if not self.settings.knobs.stream:
             raise _failed(FailureKind.UNSUPPORTED)
-        kind = self._drawn_failure(knobs)
-        if kind in _AT_ONCE:
-            raise _failed(kind)
-        if kind is not FailureKind.BAD_GATEWAY:
-            self.settings.buy(0 if kind is FailureKind.NO_OUTPUT else job.n)
-        try:
-            async with asyncio.timeout(job.deadline_s):
-                await asyncio.sleep(knobs.latency_ms / 1000)
-                if kind is not None:
-                    raise _failed(kind)
-                return await self._deliver(job, knobs)
-        except TimeoutError as error:
-            raise ProviderError(FailureKind.TIMEOUT, "the deadline passed") from error
+        seen = 0
+
+        async def work(emit: Emit) -> None:
+            emit(await self._work(job, emit))
+
+        async with aclosing(relayed(work)) as looks:
+            try:
+                async for look in looks:
+                    seen += 1
+                    yield look
+            except ProviderError as error:
+                if seen and error.billed is Billed.NO:
+                    error.billed = Billed.MAYBE
+                raise
 
     async def poll(self, job: ImageJob, job_id: str) -> Done | Pending:  # noqa: ARG002 - the contract's
         """Fail: nothing is ever pending here."""
@@ -151,20 +180,56 @@ class Sandbox:
     async def close(self) -> None:
         """Nothing to give back."""
 
+    async def _work(self, job: ImageJob, emit: Emit | None) -> Done:
+        knobs = self.settings.knobs
+        if not _paintable(job):
+            raise _failed(FailureKind.UNSUPPORTED)
+        kind = self._drawn_failure(knobs)
+        if kind in _AT_ONCE:
+            raise _failed(kind)
+        try:
+            async with asyncio.timeout(job.deadline_s):
+                scene = await self._look(job)
+                if kind is not FailureKind.BAD_GATEWAY:
+                    self.settings.buy(0 if kind is FailureKind.NO_OUTPUT else job.n)
+                await self._take_time(scene, knobs, emit)
+                if kind is not None:
+                    raise _failed(kind)
+                return await self._deliver(scene, knobs)
+        except TimeoutError as error:
+            raise ProviderError(FailureKind.TIMEOUT, "the deadline passed") from error
+
+    async def _look(self, job: ImageJob) -> Scene:
+        if job.operation is Operation.GENERATE:
+            return Scene(job, self.name)
+        async with self._painters:
+            return await asyncio.to_thread(look, job, self.name, str(self.spools.path))
+
+    async def _take_time(self, scene: Scene, knobs: _Knobs, emit: Emit | None) -> None:
+        looks = scene.job.partial_images if emit is not None else 0
+        pause_s = knobs.latency_ms / 1000 / (looks + 1)
+        for index in range(looks):
+            await asyncio.sleep(pause_s)
+            file = await self._painted(scene, 1, blur=2 ** (looks - index))
+            if emit is not None:
+                emit(Partial(index, self._spooled(scene.job, [file])[0]))
+        await asyncio.sleep(pause_s)
+
+    async def _painted(self, scene: Scene, number: int, *, blur: int = 1) -> bytes:
+        async with self._painters:
+            return await asyncio.to_thread(paint, scene, number, blur=blur)
+
     def _drawn_failure(self, knobs: _Knobs) -> FailureKind | None:
         if knobs.failure_kind == "none" or self.fraction() >= knobs.failure_rate:
             return None
         return FailureKind(knobs.failure_kind)
 
-    async def _deliver(self, job: ImageJob, knobs: _Knobs) -> Done:
+    async def _deliver(self, scene: Scene, knobs: _Knobs) -> Done:
+        job = scene.job
         count = job.n - knobs.images_short
         if count <= 0:
             raise _failed(FailureKind.NO_OUTPUT)
-        async with self._painters:
-            files = [
-                await asyncio.to_thread(paint, job, self.name, f"{index}/{job.n}")
-                for index in range(1, count + 1)
-            ]
+        files = [await self._painted(scene, number + 1) for number in range(count)]
         return Done(
             images=self._spooled(job, files),
             usage=job.expected.times(count) if knobs.usage == "reported" else None,
@@ -188,19 +253,135 @@ class Sandbox:
         return tuple(images)
 
 
-def paint(job: ImageJob, upstream: str, number: str) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What a job's pictures show. Of an edit, what its files look like, scaled down.
+
+    ``kept`` is white where the mask keeps the first reference, black elsewhere.
+    """
+
+    job: ImageJob
+    upstream: str
+    first: Image.Image | None = None
+    others: tuple[Image.Image, ...] = ()
+    kept: Image.Image | None = None
+
+
+def look(job: ImageJob, upstream: str, folder: str) -> Scene:
+    """Decode the files of an edit, one after the other, and keep small copies.
+
+    Raises:
+        ProviderError: INVALID_REQUEST, one cannot be decoded.
+    """
+    first, *others = (
+        _decoded(
+            reference,
+            f"reference image {number}",
+            folder,
+            edge_px=REFERENCE_EDGE_PX if number == 1 else THUMBNAIL_EDGE_PX,
+        )
+        for number, reference in enumerate(job.references, start=1)
+    )
+    kept = None
+    if job.mask is not None:
+        mask = _decoded(job.mask, "mask", folder, edge_px=REFERENCE_EDGE_PX)
+        kept = mask.getchannel("A").point(lambda alpha: alpha // 128 * 255)
+    return Scene(job, upstream, first, tuple(others), kept)
+
+
+def paint(scene: Scene, number: int, *, blur: int = 1) -> bytes:
     """Make one picture file that says what it was made of.
 
-    Few colours and a small text mask, blown up: cheap at any size.
+    ``blur`` is how many pixels go into one.
     """
-    width_px, height_px = _size_px(job)
-    image = _gradient(width_px, height_px, job.quality)
-    text = _text_mask(job, upstream, number, width_px / height_px)
+    job = scene.job
+    image = _canvas(scene)
+    width_px, height_px = image.size
+    text = _text_mask(scene, f"{number}/{job.n}", width_px / height_px)
     scale = min(width_px / text.width, height_px / text.height)
     text = text.resize((int(text.width * scale) or 1, int(text.height * scale) or 1))
-    image.paste(_INK, (0, 0), text)
+    image.paste(_INK if image.mode == "P" else _WHITE, (0, 0), text)
+    if blur > 1:
+        image = _blurred(image, blur)
+    return _encoded(image, job)
+
+
+def _decoded(file: InputFile, what: str, folder: str, *, edge_px: int) -> Image.Image:
+    if file.width_px * file.height_px > OPENED_MAX_PX:
+        return _stand_in(edge_px)
+    with tempfile.SpooledTemporaryFile(FILE_IN_MEMORY_MAX_BYTES, dir=folder) as copy:
+        try:
+            _copy(file, copy)
+            with Image.open(copy, formats=["PNG", "JPEG", "WEBP"]) as image:
+                image.draft("RGB", (edge_px, edge_px))
+                if image.width * image.height > DECODED_MAX_PX:
+                    return _stand_in(edge_px)
+                image.thumbnail((edge_px, edge_px))
+                return image.convert("RGBA")
+        except _UNDECODABLE as error:
+            raise ProviderError(
+                FailureKind.INVALID_REQUEST,
+                f"the {what} cannot be decoded: {error}",
+                status=400,
+                upstream_code="invalid_image_file",
+                client_message=f"The {what} cannot be decoded.",
+            ) from error
+
+
+def _copy(file: InputFile, target: IO[bytes]) -> None:
+    """Make a file that can be read back and forth, as decoding needs it."""
+    try:
+        for chunk in raw_chunks(file.payload):
+            target.write(chunk)
+        target.seek(0)
+    except OSError as error:
+        raise ProviderError(
+            FailureKind.OVERLOADED, f"no room for a reference: {error.strerror}"
+        ) from error
+
+
+def _stand_in(edge_px: int) -> Image.Image:
+    """Stand for what is too large to decode: grey as a picture, clear as a mask."""
+    return Image.new("RGBA", (edge_px, edge_px), (128, 128, 128, 0))
+
+
+def _canvas(scene: Scene) -> Image.Image:
+    """Few colours, blown up, are cheap at any size; an edit needs them all."""
+    size = _size_px(scene.job)
+    plain = _gradient(*size, scene.job.quality)
+    if scene.first is None:
+        return plain
+    image = scene.first.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+    if scene.kept is not None:
+        kept = scene.kept.resize(size, Image.Resampling.NEAREST)
+        image = Image.composite(image, plain.convert("RGB"), kept)
+    _hang_up(image, scene.others)
+    return image
+
+
+def _hang_up(image: Image.Image, thumbnails: tuple[Image.Image, ...]) -> None:
+    """Put small pictures in a row along the lower edge."""
+    place = max(image.width // REFERENCES_MAX, 1)
+    for index, thumbnail in enumerate(thumbnails):
+        scale = place / max(thumbnail.size)
+        small = thumbnail.resize(
+            (int(thumbnail.width * scale) or 1, int(thumbnail.height * scale) or 1)
+        )
+        corner = (index * place, image.height - small.height)
+        image.paste(small.convert("RGB"), corner)
+
+
+def _blurred(image: Image.Image, blur: int) -> Image.Image:
+    small = image.convert("RGB").reduce(blur * 4)
+    return small.resize(image.size, Image.Resampling.BILINEAR)
+
+
+def _encoded(image: Image.Image, job: ImageJob) -> bytes:
     if _is_transparent(job):
-        image.info["transparency"] = _FADE
+        if image.mode == "P":
+            image.info["transparency"] = _FADE
+        else:
+            image.putalpha(Image.linear_gradient("L").resize(image.size))
     file = io.BytesIO()
     if job.output_format == "png":
         image.save(file, "PNG", compress_level=1)
@@ -211,7 +392,18 @@ def paint(job: ImageJob, upstream: str, number: str) -> bytes:
     return file.getvalue()
 
 
+# All that Pillow lets out when a file is damaged. A broken payload is a ValueError.
+_UNDECODABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 _INK = 255
+_WHITE = (255, 255, 255)
 _TINTS = {"low": (120, 70, 40), "medium": (40, 120, 90), "high": (60, 80, 160)}
 _TINT = (120, 60, 140)
 _TEXT_EDGE_PX = 1024
@@ -234,7 +426,8 @@ def _gradient(width_px: int, height_px: int, quality: str) -> Image.Image:
     return bands.resize((width_px, height_px), Image.Resampling.NEAREST)
 
 
-def _text_mask(job: ImageJob, upstream: str, number: str, aspect: float) -> Image.Image:
+def _text_mask(scene: Scene, number: str, aspect: float) -> Image.Image:
+    job = scene.job
     long, short = _TEXT_EDGE_PX, max(int(_TEXT_EDGE_PX / max(aspect, 1 / aspect)), 128)
     size = (long, short) if aspect >= 1 else (short, long)
     mask = Image.new("1", size)
@@ -242,7 +435,7 @@ def _text_mask(job: ImageJob, upstream: str, number: str, aspect: float) -> Imag
     columns = max(size[0] // (_FONT_PX // 2) - 2, 4)
     made = "{}x{}".format(*_size_px(job))
     lines = [
-        *textwrap.wrap(f"{made} {job.quality} {upstream} {number}", columns),
+        *textwrap.wrap(f"{made} {job.quality} {scene.upstream} {number}", columns),
         "",
         *textwrap.wrap(prompt, columns),
     ]
@@ -265,8 +458,9 @@ def _size_px(job: ImageJob) -> tuple[int, int]:
 
 def _paintable(job: ImageJob) -> bool:
     width_px, height_px = _size_px(job)
+    edit = job.operation is Operation.EDIT
     return (
-        job.operation is Operation.GENERATE
+        (not edit or 1 <= len(job.references) <= REFERENCES_MAX)
         and 0 < width_px <= EDGE_MAX_PX
         and 0 < height_px <= EDGE_MAX_PX
     )

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Sequence,
+)
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from gateway.core import ledger
-from gateway.core.errors import InsufficientCreditsError
+from gateway.core.errors import InsufficientCreditsError, ServiceUnavailableError
 from gateway.core.events import Event
 from gateway.core.ledger import Balance, Settled
 from gateway.core.limits import RiskBook
@@ -16,6 +22,7 @@ from gateway.core.tasks import AttemptState, TaskState
 from gateway.ports import (
     AttemptEnd,
     AttemptRecord,
+    AuditReport,
     NewAttempt,
     NewTask,
     OpenBlob,
@@ -28,6 +35,8 @@ from providers.kit.contract import (
     Done,
     ImageJob,
     MadeImage,
+    Partial,
+    Payload,
     Pending,
     ProviderError,
     Usage,
@@ -97,9 +106,10 @@ class ScriptedProvider:
         self._n_max = n_max
         self.jobs: list[ImageJob] = []
         self.polled: list[str] = []
+        self.streams = False
 
     def capabilities(self, model: str) -> Capabilities:
-        return Capabilities(n_max=self._n_max)
+        return Capabilities(n_max=self._n_max, stream=self.streams)
 
     async def start(self, job: ImageJob) -> Done | Pending:
         self.jobs.append(job)
@@ -108,6 +118,14 @@ class ScriptedProvider:
     async def poll(self, job: ImageJob, job_id: str) -> Done | Pending:
         self.polled.append(job_id)
         return await self._next(job)
+
+    async def stream(self, job: ImageJob) -> AsyncGenerator[Partial | Done, None]:
+        self.jobs.append(job)
+        for index in range(job.partial_images):
+            yield Partial(index, a_picture(b"a glimpse"))
+        step = await self._next(job)
+        assert isinstance(step, Done)
+        yield step
 
     async def close(self) -> None:
         return
@@ -131,6 +149,8 @@ class MemoryStore:
     risk: RiskBook = field(default_factory=lambda: RiskBook(0, 0, 0))
     waste_nanousd: int = 0
     refuse_to_finish: list[Exception] = field(default_factory=list)
+    refuse_to_end: list[Exception] = field(default_factory=list)
+    refuse_to_begin: list[bool] = field(default_factory=list)
 
     async def open(self, task: NewTask) -> None:
         after = ledger.hold(self.balance, task.hold_nanocredits)
@@ -165,6 +185,8 @@ class MemoryStore:
     async def begin_attempt(
         self, attempt: NewAttempt, route_json: str | None = None
     ) -> None:
+        if self.refuse_to_begin and self.refuse_to_begin.pop(0):
+            raise ServiceUnavailableError("busy")
         self.trail.append(f"sending {attempt.offer_id}")
         task = self.tasks.get(attempt.task_id)
         if task is None:
@@ -196,7 +218,12 @@ class MemoryStore:
         self.trail.append(f"accepted {job_id}")
 
     async def end_attempt(self, end: AttemptEnd) -> None:
+        if self.refuse_to_end:
+            raise self.refuse_to_end.pop(0)
         self.trail.append(f"{end.state.value} {end.kind or 'won'}")
+        self._end(end)
+
+    def _end(self, end: AttemptEnd) -> None:
         if not end.won:
             self.waste_nanousd += end.cost_nanousd
         if not end.won and end.billed is Billed.MAYBE:
@@ -232,8 +259,11 @@ class MemoryStore:
             absorbed_nanocredits=settled.absorbed,
             results=end.results,
         )
-        if end.attempt is not None:
-            self._note_end(end.attempt)
+        for attempt in end.attempts:
+            self._end(attempt)
+        for open_still in self.tasks[task.id].attempts:
+            if open_still.finished_ms is None:
+                self._end(_forgotten(end, open_still))
         return settled
 
     async def get(self, task_id: str) -> TaskRecord | None:
@@ -267,6 +297,73 @@ class MemoryStore:
         )
 
 
+def _forgotten(end: TaskEnd, attempt: AttemptRecord) -> AttemptEnd:
+    return AttemptEnd(
+        task_id=end.task_id,
+        seq=attempt.seq,
+        state=AttemptState.FAILED,
+        finished_ms=end.finished_ms,
+        won=False,
+        billed=Billed.MAYBE,
+        cost_nanousd=attempt.estimate_nanousd,
+        cost_source="estimate",
+        kind="timeout",
+    )
+
+
+@dataclass
+class OneBalance:
+    """The ``Ledger`` of a ``MemoryStore``'s only tenant."""
+
+    store: MemoryStore
+
+    async def grant(
+        self, tenant_id: str, nanocredits: int, *, reference: str, now_ms: int
+    ) -> Balance:
+        raise AssertionError(tenant_id)
+
+    async def balance(self, tenant_id: str) -> Balance | None:
+        return self.store.balance
+
+    async def audit(self) -> AuditReport:
+        raise AssertionError
+
+
+class RelabellingStudio:
+    """Converts by changing the label, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, int | None]] = []
+
+    async def convert(
+        self, image: MadeImage, output_format: str, compression: int | None
+    ) -> MadeImage | None:
+        self.asked.append((output_format, compression))
+        content = b"".join(image.payload.chunks())
+        return replace(
+            image,
+            payload=FakePayload(content),
+            media_type=f"image/{output_format}",
+        )
+
+
+@dataclass
+class MemoryBlob:
+    """A stored file, open."""
+
+    content: bytes
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.content)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self.content[offset : offset + length]
+
+    def close(self) -> None:
+        return
+
+
 @dataclass
 class MemoryBlobs:
     """A ``BlobStore`` in a dictionary; can be told to be full."""
@@ -282,8 +379,12 @@ class MemoryBlobs:
         self.kept[blob] = b"".join(image.payload.chunks())
         return len(self.kept[blob])
 
+    async def keep_file(self, blob: str, content: Payload) -> int:
+        self.kept[blob] = b"".join(content.chunks())
+        return len(self.kept[blob])
+
     async def open(self, blob: str) -> OpenBlob | None:
-        raise AssertionError(blob)
+        return MemoryBlob(self.kept[blob]) if blob in self.kept else None
 
     async def delete(self, blob: str) -> None:
         self.kept.pop(blob, None)

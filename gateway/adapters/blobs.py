@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from gateway.core.errors import ServiceUnavailableError
+from gateway.core.errors import storage_full
 from providers.kit.contract import MadeImage, Payload
+from providers.kit.payloads import raw_chunks
 
 RAW, AS_IT_CAME = ".raw", ".b64"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}(/[A-Za-z0-9_-]{1,64}){0,3}")
@@ -58,19 +61,24 @@ class DiskBlobs:
             ServiceUnavailableError: the disk does not take it.
         """
         path, payload = self._path(blob), image.payload
-        try:
+        if not as_it_came:
+            return await self.keep_file(blob, payload)
+        with _storing():
             path.parent.mkdir(parents=True, exist_ok=True)
-            if as_it_came:
-                suffix = RAW if payload.encoding == "raw" else AS_IT_CAME
-                payload.persist(f"{path}{suffix}")
-                return _decoded_bytes(payload)
-            return await asyncio.to_thread(_write, Path(f"{path}{RAW}"), payload)
-        except OSError as error:
-            raise ServiceUnavailableError(
-                "The gateway cannot store pictures at the moment. Try again later.",
-                code="storage_unavailable",
-                retry_after_s=30,
-            ) from error
+            suffix = RAW if payload.encoding == "raw" else AS_IT_CAME
+            payload.persist(f"{path}{suffix}")
+            return _decoded_bytes(payload)
+
+    async def keep_file(self, blob: str, content: Payload) -> int:
+        """Store a file; it is on the disk for good when this returns.
+
+        Raises:
+            ServiceUnavailableError: the disk does not take it.
+        """
+        path = self._path(blob)
+        with _storing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return await asyncio.to_thread(_write, Path(f"{path}{RAW}"), content)
 
     async def open(self, blob: str) -> DiskBlob | None:
         """Open a stored picture."""
@@ -90,6 +98,8 @@ class DiskBlobs:
         path = self._path(blob)
         for suffix in (RAW, AS_IT_CAME):
             Path(f"{path}{suffix}").unlink(missing_ok=True)
+        if path.parent == self.root:
+            return
         try:
             path.parent.rmdir()
         except OSError:
@@ -101,7 +111,7 @@ class DiskBlobs:
         return any(Path(f"{path}{suffix}").exists() for suffix in (RAW, AS_IT_CAME))
 
     async def expire(self, before_ms: int) -> int:
-        """Delete the folders that nothing was written to since; returns how many."""
+        """Delete folders and files that nothing was written to since; counts them."""
         return await asyncio.to_thread(_expire, self.root, before_ms)
 
     def _path(self, blob: str) -> Path:
@@ -109,31 +119,30 @@ class DiskBlobs:
         return self.root / blob
 
 
+@contextmanager
+def _storing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise storage_full() from error
+
+
 def _write(path: Path, payload: Payload) -> int:
     # Written beside, then renamed: a name never stands for half a picture.
     partial = path.with_suffix(".part")
     size_bytes = 0
-    with partial.open("wb") as file:
-        for chunk in _raw_chunks(payload):
-            size_bytes += file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    try:
+        with partial.open("wb") as file:
+            for chunk in raw_chunks(payload):
+                size_bytes += file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a full disk needs the room
+        raise
     _sync_folder(path.parent)
     return size_bytes
-
-
-def _raw_chunks(payload: Payload) -> Iterator[bytes]:
-    if payload.encoding == "raw":
-        yield from payload.chunks()
-        return
-    rest = b""
-    for chunk in payload.chunks():
-        text = rest + chunk
-        whole = len(text) // 4 * 4
-        yield base64.b64decode(text[:whole])
-        rest = text[whole:]
-    yield base64.b64decode(rest + b"=" * (-len(rest) % 4))
 
 
 def _decode_file(source: Path, target: Path) -> None:
@@ -166,11 +175,17 @@ def _sync_folder(folder: Path) -> None:
 def _expire(root: Path, before_ms: int) -> int:
     if not root.exists():
         return 0
-    old = [
-        folder
-        for folder in root.iterdir()
-        if folder.stat().st_mtime_ns < before_ms * 1_000_000
-    ]
-    for folder in old:
-        shutil.rmtree(folder, ignore_errors=True)
+    old = [entry for entry in root.iterdir() if _written_ms(entry) < before_ms]
+    for entry in old:
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
     return len(old)
+
+
+def _written_ms(entry: Path) -> float:
+    try:
+        return entry.stat().st_mtime_ns / 1_000_000
+    except FileNotFoundError:
+        return math.inf  # deleted meanwhile

@@ -34,6 +34,11 @@ class DataDir:
         return self.root / "results"
 
     @property
+    def uploads(self) -> Path:
+        """Where files that tenants uploaded are kept."""
+        return self.root / "uploads"
+
+    @property
     def spool(self) -> Path:
         """Where pictures under way are spooled."""
         return self.root / "spool"
@@ -47,6 +52,7 @@ class DataDir:
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.results.mkdir(exist_ok=True)
+            self.uploads.mkdir(exist_ok=True)
             self.spool.mkdir(exist_ok=True)
             probe = self.root / f".probe-{os.getpid()}"
             probe.write_bytes(b"")
@@ -64,6 +70,15 @@ class DataDir:
         agree on one.
         """
         path = self.root / "secret.key"
+        try:
+            return self._secret(path)
+        except (OSError, ValueError) as error:
+            raise DataDirError(
+                f"{path} cannot be used ({error}): put its backup back. Without it no "
+                "key works."
+            ) from error
+
+    def _secret(self, path: Path) -> bytes:
         if not path.exists():
             fresh = self.root / f".secret-{os.getpid()}"
             handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -77,12 +92,7 @@ class DataDir:
                 pass
             finally:
                 fresh.unlink()
-        try:
-            return bytes.fromhex(path.read_text().strip())
-        except ValueError as error:
-            raise DataDirError(
-                f"{path} is damaged: put its backup back. Without it no key works."
-            ) from error
+        return bytes.fromhex(path.read_text().strip())
 
     def lock(self) -> int:
         """Take the folder for this process; held until the process ends.
@@ -90,7 +100,11 @@ class DataDir:
         Raises:
             DataDirError: another gateway uses it.
         """
-        handle = os.open(self.root / "serve.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        path = self.root / "serve.lock"
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise DataDirError(f"cannot open {path}: {error.strerror}") from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -102,8 +116,18 @@ class DataDir:
         return handle
 
     async def trouble(self) -> str | None:
-        """Say what is wrong with the disk, if anything is."""
-        free_bytes = shutil.disk_usage(self.root).free
+        """Say what keeps pictures from being stored, if anything does.
+
+        Folders that somebody removed are made again.
+        """
+        try:
+            free_bytes = shutil.disk_usage(self.root).free
+            for folder in (self.results, self.spool, self.uploads):
+                folder.mkdir(exist_ok=True)
+                if not os.access(folder, os.W_OK | os.X_OK):
+                    return f"{folder} cannot be written"
+        except OSError as error:
+            return f"the data folder cannot be used: {error.strerror}"
         if free_bytes < DISK_FREE_MIN_BYTES:
             return f"only {free_bytes >> 20} MiB free on the disk of the data folder"
         return None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from gateway.core import breaker
@@ -14,6 +14,7 @@ from gateway.ports import Chance, Clock, Events, Permit
 from providers.kit.contract import FailureKind, Operation
 
 WAITING_MAX_CALLS = 1_000
+LOOK_AGAIN_S = 1.0
 
 
 @dataclass(slots=True)
@@ -23,6 +24,7 @@ class _Credential:
     slots_max: int
     slots: float
     in_flight: int = 0
+    probes: int = 0
     good_run: int = 0
     record: Record = field(default_factory=Record)
 
@@ -46,7 +48,7 @@ class MemoryBoard:
     slots: Mapping[str, int]
     _routes: dict[tuple[str, Operation], _Route] = field(default_factory=dict)
     _credentials: dict[str, _Credential] = field(default_factory=dict)
-    _waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
+    _waiting: dict[asyncio.Future[None], frozenset[str]] = field(default_factory=dict)
     _next_id: int = 0
 
     async def read(
@@ -70,6 +72,7 @@ class MemoryBoard:
         elif not health.callable or health.slots_free < 1:
             return None
         probe = health.state is not BreakerState.CLOSED
+        credential.probes += probe
         self._next_id += 1
         route.flights[self._next_id] = Flight(now_ms, probe)
         credential.in_flight += 1
@@ -81,47 +84,50 @@ class MemoryBoard:
         credential = self._credential(permit.offer_id)
         flight = route.flights.pop(permit.id)
         credential.in_flight -= 1
+        credential.probes -= permit.probe
         now_ms = self.clock.monotonic_ms()
         if outcome.effect is Effect.OPEN_CREDENTIAL and outcome.kind is not None:
             credential.record = breaker.credential_opened(
                 credential.record, outcome.kind, now_ms
             )
         if outcome.effect is Effect.GOOD:
-            credential.record = Record()
+            credential.record = breaker.credential_after_good(credential.record, flight)
         _fit_slots(credential, outcome)
         route.record = breaker.after_call(
             route.record, flight, outcome, now_ms, self.chance.fraction()
         )
         self._health(permit.offer_id, permit.operation)
-        self._wake_one()
+        self._wake_one(permit.offer_id.partition("/")[0])
 
-    async def wait_for_slot(self, at_most_s: float) -> bool:
-        """Wait, in turn, until a slot is given back."""
+    async def wait_for_slot(self, offer_ids: Sequence[str], at_most_s: float) -> bool:
+        """Wait until a slot of one of the upstreams is given back.
+
+        A second at most: pauses and re-entry steps end without anybody telling.
+        """
         if len(self._waiting) >= WAITING_MAX_CALLS:
             return False
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        try:
-            async with asyncio.timeout(at_most_s):
-                await turn
-        except TimeoutError:
-            return False
-        finally:
-            if not turn.done():
-                turn.cancel()
+        self._waiting[turn] = frozenset(i.partition("/")[0] for i in offer_ids)
+        with suppress(TimeoutError):
+            try:
+                async with asyncio.timeout(min(at_most_s, LOOK_AGAIN_S)):
+                    await turn
+            finally:
+                self._waiting.pop(turn, None)
         return True
 
-    def _wake_one(self) -> None:
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
+    def _wake_one(self, upstream: str) -> None:
+        # The one that waits longest for this upstream.
+        for turn, upstreams in self._waiting.items():
+            if upstream in upstreams and not turn.done():
                 turn.set_result(None)
                 return
 
     def _may_force(self, route: _Route, health: Health, now_ms: int) -> bool:
         last_ms = route.record.forced_at_ms
         rested = last_ms is None or now_ms - last_ms >= breaker.FORCED_EVERY_MS
-        return health.state is BreakerState.OPEN and rested
+        free = health.slots_free > 0
+        return health.state is BreakerState.OPEN and rested and free
 
     def _health(self, offer_id: str, operation: Operation) -> Health:
         route = self._route(offer_id, operation)
@@ -135,6 +141,8 @@ class MemoryBoard:
         ):
             state, record_shown = account, credential.record
         probing = any(flight.probe for flight in route.flights.values())
+        if account is BreakerState.HALF_OPEN:
+            probing = probing or credential.probes > 0
         if state is BreakerState.HALF_OPEN and probing:
             state = BreakerState.OPEN
             record_shown = replace(record_shown, reason="a probe is under way")

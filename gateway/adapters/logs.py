@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import msgspec
 import structlog
@@ -40,10 +40,16 @@ _NAMES = {
 
 
 class LogListener:
-    """Writes events as lines."""
+    """Writes events as lines. A sink that fails costs lines, never a request."""
 
     def __init__(self, out: TextIO = sys.stderr) -> None:
-        self._log = make_logger(out)
+        self._out = _Unfailing(out)
+        self._log = make_logger(self._out)
+
+    @property
+    def dropped_lines(self) -> int:
+        """How many lines the sink did not take."""
+        return self._out.dropped
 
     def on_event(self, event: Event) -> None:
         """Write one event."""
@@ -59,10 +65,31 @@ class LogListener:
         self._log.info(what, **fields)
 
 
-def make_logger(out: TextIO) -> Any:  # noqa: ANN401 - structlog's own type
+class _Unfailing:
+    """A text file that swallows what cannot be written, and counts it."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self.dropped = 0
+
+    def write(self, text: str) -> int:
+        try:
+            return self._out.write(text)
+        except (OSError, ValueError):  # a pipe without reader, a full disk, closed
+            self.dropped += 1
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._out.flush()
+        except (OSError, ValueError):
+            self.dropped += 1
+
+
+def make_logger(out: _Unfailing) -> Any:  # noqa: ANN401 - structlog's own type
     """Make a logger that writes JSON lines."""
     return structlog.wrap_logger(
-        structlog.WriteLogger(out),
+        structlog.WriteLogger(cast("TextIO", out)),
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),

@@ -98,6 +98,15 @@ class Metrics:
             registry=self.registry,
         )
 
+    def watch_log(self, dropped_lines: Callable[[], int]) -> None:
+        """Show how many log lines were lost."""
+        lost = Gauge(
+            "imageway_log_lines_dropped",
+            "Log lines that the sink did not take since the start.",
+            registry=self.registry,
+        )
+        lost.set_function(dropped_lines)
+
     def known(self, offer_ids: list[str], variants: list[str]) -> None:
         """Show every offer and variant from the start, at zero."""
         for offer_id in offer_ids:

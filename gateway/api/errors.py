@@ -12,6 +12,7 @@ from gateway.core.errors import GatewayError
 INTERNAL_MESSAGE = (
     "Something went wrong in the gateway itself. Send the request id to the operator."
 )
+FILE_API = "/api/v1/files/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,11 @@ class Rendered:
     body: bytes
 
 
-def render_error(error: GatewayError, request_id: str) -> Rendered:
-    """Render an error: the four OpenAI keys always, and what helps beside them."""
+def render_error(error: GatewayError, request_id: str, path: str) -> Rendered:
+    """Render an error: the four OpenAI keys always, and what helps beside them.
+
+    Clients of the file API (by the path) look for its own keys at the top level.
+    """
     body = {
         "message": str(error),
         "type": error.type,
@@ -38,7 +42,10 @@ def render_error(error: GatewayError, request_id: str) -> Rendered:
         headers["retry-after"] = str(error.retry_after_s)
     if error.client_may_retry is not None:
         headers["x-should-retry"] = "true" if error.client_may_retry else "false"
-    return Rendered(error.status, headers, msgspec.json.encode({"error": body}))
+    whole: dict[str, object] = {"error": body}
+    if path.startswith(FILE_API):
+        whole |= {"success": False, "code": error.status, "msg": str(error)}
+    return Rendered(error.status, headers, msgspec.json.encode(whole))
 
 
 def internal_error() -> GatewayError:

@@ -56,7 +56,7 @@ def _body(request: ImageRequest, priced: Estimate) -> dict[str, object]:
         "size": request.size.text if request.size else "auto",
         "quality": request.quality,
         "n": request.n,
-        "reference_images": len(request.image_urls),
+        "reference_images": len(request.references),
         "low": _quote(priced.low),
         "high": _quote(priced.high),
         "credits_reserved": number(priced.high.nanocredits),

@@ -13,7 +13,7 @@ from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.api.errors import internal_error, render_error
-from gateway.api.http import NOTE, ClientGoneError, RequestNote, send_answer
+from gateway.api.http import NOTE, RequestNote, send_answer
 from gateway.core.errors import GatewayError
 from gateway.core.events import RequestFinished
 from gateway.ports import Chance, Clock, Events
@@ -57,13 +57,11 @@ class Front:
     ) -> None:
         try:
             await self.inner(scope, receive, answer)
-        except ClientGoneError:
-            note.client_gone = True
         except GatewayError as error:
-            await _refuse(answer, error, note)
+            await _refuse(answer, error, note, scope["path"])
         except Exception as error:  # noqa: BLE001 - the supervisor of every request
             self.crashed(error, note.id)
-            await _refuse(answer, internal_error(), note)
+            await _refuse(answer, internal_error(), note, scope["path"])
 
     def _tell(self, scope: Scope, note: RequestNote, status: int) -> None:
         template = cast("dict[str, object]", scope).get("path_template")
@@ -83,11 +81,13 @@ class Front:
         )
 
 
-async def _refuse(answer: _Answer, error: GatewayError, note: RequestNote) -> None:
+async def _refuse(
+    answer: _Answer, error: GatewayError, note: RequestNote, path: str
+) -> None:
     note.error_code = error.code
     if answer.started:
         raise error  # half an answer is out: only a broken connection tells the truth
-    rendered = render_error(error, note.id)
+    rendered = render_error(error, note.id, path)
     await send_answer(answer, rendered.status, dict(rendered.headers), rendered.body)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
@@ -69,28 +70,59 @@ async def read_json(receive: Receive) -> object:
 
 
 async def read_body(receive: Receive, max_bytes: int) -> bytes:
-    """Read a whole body, at most so many bytes of it."""
-    chunks: list[bytes] = []
-    size = 0
+    """Read a whole body, at most so many bytes of it.
+
+    Raises:
+        TooLargeError: it is longer.
+        InvalidRequestError: it did not arrive in time.
+    """
+    body = bytearray()
+
+    def take(chunk: bytes) -> None:
+        if len(body) + len(chunk) > max_bytes:
+            raise TooLargeError(
+                f"The body may have at most {max_bytes:,} bytes.",
+            )
+        body.extend(chunk)
+
+    await consume(receive, take)
+    return bytes(body)
+
+
+async def consume(
+    receive: Receive, take: Callable[[bytes], None], *, max_s: float = BODY_MAX_S
+) -> None:
+    """Hand a body over in pieces, to its end.
+
+    A piece that ``take`` refuses ends it, with what ``take`` raised; but first the rest
+    is read and thrown away, within bounds: a client that is still writing would not
+    read the refusal, but meet a reset.
+
+    Raises:
+        InvalidRequestError: the body did not arrive in time.
+        ClientGoneError: the client hung up before it was whole.
+    """
+    refusal: GatewayError | None = None
+    dropped_bytes = 0
     try:
-        async with asyncio.timeout(BODY_MAX_S):
-            async for chunk in _chunks(receive):
-                size += len(chunk)
-                if size > max_bytes:
-                    break
-                chunks.append(chunk)
+        async with asyncio.timeout(max_s) as limit:
+            async for chunk in body_chunks(receive):
+                if refusal is not None:
+                    dropped_bytes += len(chunk)
+                    if dropped_bytes > DRAIN_MAX_BYTES:
+                        break
+                    continue
+                try:
+                    take(chunk)
+                except GatewayError as error:
+                    refusal = error
+                    limit.reschedule(asyncio.get_running_loop().time() + DRAIN_MAX_S)
     except TimeoutError:
-        raise InvalidRequestError(
-            f"The body did not arrive within {BODY_MAX_S:.0f} s.",
-            code="request_timeout",
-        ) from None
-    if size > max_bytes:
-        await _drain(receive)
-        raise TooLargeError(
-            f"The body may have at most {max_bytes:,} bytes. "
-            "Send pictures by URL or as multipart instead of inside the JSON."
+        refusal = refusal or InvalidRequestError(
+            f"The body did not arrive within {max_s:.0f} s.", code="request_timeout"
         )
-    return b"".join(chunks)
+    if refusal is not None:
+        raise refusal
 
 
 def decode_json(body: bytes) -> object:
@@ -102,6 +134,8 @@ def decode_json(body: bytes) -> object:
     try:
         return cast("object", msgspec.json.decode(body))
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        if b"\\ud" in body.lower():
+            return _with_surrogates(body, error)
         why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise InvalidRequestError(
             f"The body must be a JSON object; it could not be read: {why}.",
@@ -109,7 +143,27 @@ def decode_json(body: bytes) -> object:
         ) from error
 
 
-async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
+def _with_surrogates(body: bytes, cause: Exception) -> object:
+    # The fast decoder says of half a surrogate pair only that it is broken. The rules
+    # of the request name the field that has one.
+    def refused(constant: str) -> object:
+        raise ValueError(constant)
+
+    try:
+        return cast("object", json.loads(body, parse_constant=refused))
+    except (ValueError, RecursionError):
+        raise InvalidRequestError(
+            "The body must be a JSON object; it could not be read.",
+            code="invalid_json",
+        ) from cause
+
+
+async def body_chunks(receive: Receive) -> AsyncIterator[bytes]:
+    """Yield a body as it comes.
+
+    Raises:
+        ClientGoneError: the client hung up before it was whole.
+    """
     while True:
         message = await receive()
         if message["type"] != "http.request":
@@ -128,19 +182,6 @@ class ClientGoneError(GatewayError):
 
     def __init__(self) -> None:
         super().__init__("The client closed the connection.")
-
-
-async def _drain(receive: Receive) -> None:
-    # A client that is still writing would not read the refusal, but meet a reset.
-    size = 0
-    try:
-        async with asyncio.timeout(DRAIN_MAX_S):
-            async for chunk in _chunks(receive):
-                size += len(chunk)
-                if size > DRAIN_MAX_BYTES:
-                    return
-    except TimeoutError:
-        return
 
 
 async def disconnected(receive: Receive) -> None:

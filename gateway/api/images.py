@@ -1,41 +1,57 @@
-"""``POST /v1/images/generations``: decode, call one flow, answer.
+"""``/v1/images/generations`` and ``/v1/images/edits``: decode, call one flow, answer.
 
-A plain ASGI handler: the answer is streamed from the spools, and the client is watched
-while it waits.
+Plain ASGI handlers: bodies are spooled while they come in, answers are streamed from
+the spools, and the client is watched while it waits.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 from litestar import asgi
 from litestar.handlers import ASGIRouteHandler
 from litestar.types import Receive, Scope, Send
 
+from gateway.api.events import EventStream, send_events
+from gateway.api.forms import Form, FormLimits, boundary_of, read_form
 from gateway.api.http import (
+    RequestNote,
     disconnected,
     header,
     note_of,
-    read_json,
     send_answer,
     send_chunk,
     send_start,
 )
+from gateway.api.lifting import read_lifted
 from gateway.api.links import Links
 from gateway.api.render import InlineAnswer, Renderer
 from gateway.core.catalogue import Catalogue
-from gateway.core.errors import GatewayError, InvalidRequestError
-from gateway.core.requests import ImageRequest, parse_generation
-from gateway.flows.generate import Accepted, Generate
+from gateway.core.errors import GatewayError, InvalidRequestError, storage_full
+from gateway.core.images import IMAGE_MAX_BYTES
+from gateway.core.requests import (
+    ImageRequest,
+    parse_edit,
+    parse_edit_form,
+    parse_generation,
+)
+from gateway.flows.generate import Accepted, Generate, facts_of
+from gateway.flows.inputs import NO_INPUTS, LoadInputs
 from gateway.flows.keys import Authenticate
 from gateway.flows.results import Results
 from gateway.flows.tasks import TaskView
+from gateway.ports import Key, Spools
+from providers.kit.contract import Partial, Payload
 
 JSON = {"content-type": "application/json"}
 IGNORED_PARAMS = "x-gateway-ignored-params"
+FORM_LIMITS = FormLimits(files=17, file_max_bytes=IMAGE_MAX_BYTES)
+IMAGE_FIELDS = ("image", "image[]")
 
 
 class MethodNotAllowedError(GatewayError):
@@ -53,70 +69,192 @@ class Runner(Protocol):
         """Refuse new work while as much as may be is under way."""
         ...
 
-    def start(self, accepted: Accepted, *, links: bool) -> asyncio.Task[TaskView]:
+    def start(
+        self,
+        accepted: Accepted,
+        *,
+        links: bool,
+        on_partial: Callable[[Partial], None] | None = None,
+    ) -> asyncio.Task[TaskView]:
         """Start carrying a task out."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Generations:
-    """The endpoint of ``POST /v1/images/generations``."""
+class Asked:
+    """A request and the files that came with it."""
+
+    request: ImageRequest
+    brought: Sequence[Payload] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """What both image routes do, once their body is read."""
 
     catalogue: Catalogue
     authenticate: Authenticate
     generate: Generate
+    load_inputs: LoadInputs
     runner: Runner
     results: Results
     links: Links
     renderer: Renderer
+    spools: Spools
+    storage_trouble: Callable[[], Awaitable[str | None]]
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+    async def generations(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request of the generation route."""
+        key = await self._key(scope)
+        body = await read_lifted(receive, self.spools)
+        try:
+            request = parse_generation(body.json, self.catalogue)
+            work = await self._start(scope, key, Asked(request, body.spools))
+        finally:
+            body.close()
+        await self._answer(scope, receive, send, work)
+
+    async def edits(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request of the edit route: a form, or JSON."""
+        key = await self._key(scope)
+        async with self._edit(scope, receive) as asked:
+            work = await self._start(scope, key, asked)
+        await self._answer(scope, receive, send, work)
+
+    async def _key(self, scope: Scope) -> Key:
         note = note_of(scope)
+        note.task_id = self.generate.new_task_id()
+        note.headers["x-gateway-mode"] = "sync"
         if scope["method"] != "POST":  # type: ignore[typeddict-item]
             note.headers["allow"] = "POST"
             raise MethodNotAllowedError("Use POST on this route.")
-        note.task_id = self.generate.new_task_id()
         key = await self.authenticate(header(scope, "authorization"))
         note.tenant_id, note.key_id = key.tenant_id, key.id
-        request = parse_generation(await read_json(receive), self.catalogue)
-        _only_what_works(request)
+        _refuse_async(scope, key)
+        return key
+
+    @asynccontextmanager
+    async def _edit(self, scope: Scope, receive: Receive) -> AsyncIterator[Asked]:
+        content_type = header(scope, "content-type")
+        boundary = boundary_of(content_type)
+        if boundary is not None:
+            form = await read_form(receive, boundary, self.spools, FORM_LIMITS)
+            try:
+                yield _from_form(form, self.catalogue)
+            except BaseException:
+                form.close()
+                raise
+            return  # the task has the files now, and closes them
+        if "json" not in (content_type or "").lower():
+            raise InvalidRequestError(
+                "Send multipart/form-data with the image files, or application/json.",
+                code="unsupported_content_type",
+            )
+        body = await read_lifted(receive, self.spools)
+        try:
+            yield Asked(parse_edit(body.json, self.catalogue), body.spools)
+        finally:
+            body.close()
+
+    async def _start(self, scope: Scope, key: Key, asked: Asked) -> Work:
+        note, request = note_of(scope), asked.request
+        assert note.task_id is not None
+        _refuse_callback(request)
         if request.ignored:
             note.headers[IGNORED_PARAMS] = ", ".join(request.ignored)
-        note.headers["x-gateway-mode"] = "sync"
         self.runner.check_room()
-        accepted = await self.generate.accept(note.task_id, request, key)
-        as_links = request.response_format == "url"
-        work = self.runner.start(accepted, links=as_links)
+        if await self.storage_trouble() is not None:
+            raise storage_full()
+        inputs = NO_INPUTS
+        if request.references:
+            await self.generate.check_credits(request, key)
+            inputs = await self.load_inputs(request, key.tenant_id, asked.brought)
+        try:
+            accepted = await self.generate.accept(note.task_id, request, key, inputs)
+        except BaseException:
+            inputs.close()
+            raise
+        events = None
+        if request.stream:
+            created_s = accepted.task.created_ms // 1000
+            events = EventStream(request.operation, facts_of(request), created_s)
+        as_links = request.response_format == "url" and events is None
+        task = self.runner.start(
+            accepted,
+            links=as_links,
+            on_partial=events.on_partial if events is not None else None,
+        )
+        return Work(task, as_links=as_links, events=events)
+
+    async def _answer(
+        self, scope: Scope, receive: Receive, send: Send, work: Work
+    ) -> None:
+        note = note_of(scope)
         watch = asyncio.ensure_future(disconnected(receive))
         try:
-            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                note.client_gone = True
-                work.add_done_callback(_close_pictures)
-                return
-            await self._answer(scope, send, work.result(), watch, as_links=as_links)
+            if work.events is not None:
+                await self._answer_events(note, send, work, work.events, watch)
+            elif await _waited(note, work.task, watch):
+                await self._answer_whole(scope, send, work, watch)
         finally:
             note.client_gone = note.client_gone or watch.done()
             watch.cancel()
 
-    async def _answer(
-        self,
-        scope: Scope,
-        send: Send,
-        view: TaskView,
-        watch: asyncio.Future[None],
-        *,
-        as_links: bool,
+    async def _answer_whole(
+        self, scope: Scope, send: Send, work: Work, watch: asyncio.Future[None]
     ) -> None:
+        view = work.task.result()
         try:
-            if as_links:
+            if work.as_links:
                 body = self.renderer.task(view, self.links.to(scope))
                 await send_answer(send, 200, JSON, msgspec.json.encode(body))
             elif await _sent_whole(send, self.renderer.inline(view), watch):
-                await self.results.sent(view.pictures)
+                self.results.sent(view.pictures)
         finally:
-            _close(view)
+            close_pictures(view)
+
+    async def _answer_events(
+        self,
+        note: RequestNote,
+        send: Send,
+        work: Work,
+        events: EventStream,
+        watch: asyncio.Future[None],
+    ) -> None:
+        sent = False
+        try:
+            sent = await send_events(send, events, work.task, watch, note.id)
+        finally:
+            events.close()
+            if not work.task.done():
+                work.task.add_done_callback(_close_later)
+            elif not work.task.cancelled() and work.task.exception() is None:
+                view = work.task.result()
+                if sent:
+                    self.results.sent(view.pictures)
+                close_pictures(view)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A task under way, and how its answer goes out."""
+
+    task: asyncio.Task[TaskView]
+    as_links: bool
+    events: EventStream | None = None
+
+
+async def _waited(
+    note: RequestNote, task: asyncio.Task[TaskView], watch: asyncio.Future[None]
+) -> bool:
+    """Wait for the task; tell whether the client is still there."""
+    waited: set[asyncio.Future[Any]] = {task, watch}
+    await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        return True
+    note.client_gone = True
+    task.add_done_callback(_close_later)
+    return False
 
 
 async def _sent_whole(
@@ -127,47 +265,75 @@ async def _sent_whole(
     await send_start(send, 200, JSON | {"content-length": length})
     for chunk in answer.chunks():
         await send_chunk(send, chunk, last=False)
+        await asyncio.sleep(0)  # lets a disconnect that is already known be seen
         if watch.done():
             return False
-    await asyncio.sleep(0)  # lets a disconnect that is already known be seen
     here = not watch.done()
     await send_chunk(send, b"", last=True)
     return here
 
 
-def _only_what_works(request: ImageRequest) -> None:
-    # Better refused than a picture that is not what was asked for, and paid.
-    not_yet = {
-        "image_urls": bool(request.image_urls),
-        "callback_url": request.callback_url is not None,
-        "stream": request.stream,
-    }
-    for param, asked in not_yet.items():
-        if asked:
-            raise InvalidRequestError(
-                f"{param} is not supported by this version of the gateway. "
-                "Leave it out.",
-                param=param,
-                code="unsupported_parameter",
-            )
+def _from_form(form: Form, catalogue: Catalogue) -> Asked:
+    images = [file.spool for file in form.files if file.name in IMAGE_FIELDS]
+    masks = [file.spool for file in form.files if file.name == "mask"]
+    if len(masks) > 1:
+        raise InvalidRequestError("There may be one mask.", param="mask")
+    others = [
+        file.name for file in form.files if file.name not in {*IMAGE_FIELDS, "mask"}
+    ]
+    if others:
+        raise InvalidRequestError(
+            f"There is a file in the field {others[0][:64]!r}. Send one picture as "
+            "image, several as image[], and a mask as mask.",
+            param=others[0][:64],
+        )
+    request = parse_edit_form(form.texts, len(images), catalogue, has_mask=bool(masks))
+    return Asked(request, [*images, *masks])
 
 
-def _close_pictures(work: asyncio.Task[TaskView]) -> None:
+def _refuse_async(scope: Scope, key: Key) -> None:
+    # Better refused than answered in another mode than was asked for.
+    prefer = (header(scope, "prefer") or "").lower()
+    if "respond-async" in prefer or key.delivery == "async":
+        raise InvalidRequestError(
+            "Async delivery is not supported by this version of the gateway. Leave "
+            "out 'Prefer: respond-async', and use a key made with --delivery sync.",
+            param="Prefer",
+            code="unsupported_parameter",
+        )
+
+
+def _refuse_callback(request: ImageRequest) -> None:
+    if request.callback_url is not None:
+        raise InvalidRequestError(
+            "callback_url is not supported by this version of the gateway. "
+            "Leave it out.",
+            param="callback_url",
+            code="unsupported_parameter",
+        )
+
+
+def _close_later(work: asyncio.Task[TaskView]) -> None:
     if not work.cancelled() and work.exception() is None:
-        _close(work.result())
+        close_pictures(work.result())
 
 
-def _close(view: TaskView) -> None:
+def close_pictures(view: TaskView) -> None:
+    """Give the spools of an answer's pictures back."""
     for picture in view.pictures:
         if picture.made is not None:
             picture.made.payload.close()
 
 
-def image_routes(endpoint: Generations) -> list[ASGIRouteHandler]:
+def image_routes(images: Images) -> list[ASGIRouteHandler]:
     """Route the image endpoints."""
 
     @asgi("/v1/images/generations", copy_scope=False)
     async def generations(scope: Scope, receive: Receive, send: Send) -> None:
-        await endpoint(scope, receive, send)
+        await images.generations(scope, receive, send)
 
-    return [generations]
+    @asgi("/v1/images/edits", copy_scope=False)
+    async def edits(scope: Scope, receive: Receive, send: Send) -> None:
+        await images.edits(scope, receive, send)
+
+    return [generations, edits]

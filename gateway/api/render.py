@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,8 +12,8 @@ from gateway.core.tasks import TaskState
 from gateway.flows.tasks import Picture, TaskView
 from gateway.ports import AttemptRecord, TaskRecord
 from providers.kit.contract import MadeImage, Usage
+from providers.kit.payloads import base64_chunks, base64_length
 
-ENCODED_CHUNK_BYTES = 48 * 1024
 PROGRESS = {TaskState.PENDING: 0, TaskState.PROCESSING: 50}
 
 LinkTo = Callable[[Picture], str | None]
@@ -146,34 +145,14 @@ class InlineAnswer:
         for place, picture in enumerate(self.pictures):
             before, after = _around(picture)
             yield (b"," if place else b"") + before
-            yield from base64_chunks(_made(picture))
+            yield from base64_chunks(_made(picture).payload)
             yield after
         yield b"]}"
 
 
-def base64_chunks(image: MadeImage) -> Iterator[bytes]:
-    """Yield a picture as base64 text."""
-    if image.payload.encoding == "base64":
-        yield from image.payload.chunks()
-        return
-    rest = b""
-    for chunk in image.payload.chunks():
-        raw = rest + chunk
-        whole = len(raw) // 3 * 3
-        yield base64.b64encode(raw[:whole])
-        rest = raw[whole:]
-    yield base64.b64encode(rest)
-
-
-def base64_length(image: MadeImage) -> int:
-    """Length of what ``base64_chunks`` yields, in bytes."""
-    size_bytes = image.payload.size_bytes
-    return size_bytes if image.payload.encoding == "base64" else -(-size_bytes // 3) * 4
-
-
 def _picture_bytes(picture: Picture) -> int:
     before, after = _around(picture)
-    return len(before) + base64_length(_made(picture)) + len(after)
+    return len(before) + base64_length(_made(picture).payload) + len(after)
 
 
 def _around(picture: Picture) -> tuple[bytes, bytes]:

@@ -124,6 +124,7 @@ class Record:
     bad_streak: int = 0
     last_good_started_ms: int = -1
     open_until_ms: int | None = None
+    opened_at_ms: int = -1
     openings: int = 0
     probes_good: int = 0
     closed_at_ms: int | None = None
@@ -207,12 +208,13 @@ def trouble(record: Record, flights: Iterable[Flight], now_ms: int) -> str | Non
 
 def state_of(record: Record, now_ms: int) -> BreakerState:
     """Tell the state that the record stands in."""
-    if record.open_until_ms is not None:
-        still_open = now_ms < record.open_until_ms
-        return BreakerState.OPEN if still_open else BreakerState.HALF_OPEN
+    if record.open_until_ms is not None and now_ms < record.open_until_ms:
+        return BreakerState.OPEN
     if now_ms < record.paused_until_ms:
         return BreakerState.PAUSED
-    return BreakerState.CLOSED
+    return (
+        BreakerState.CLOSED if record.open_until_ms is None else BreakerState.HALF_OPEN
+    )
 
 
 def opened(record: Record, reason: str, now_ms: int, fraction: float) -> Record:
@@ -238,9 +240,15 @@ def credential_opened(record: Record, kind: FailureKind, now_ms: int) -> Record:
     return replace(
         record,
         open_until_ms=now_ms + _CREDENTIAL_OPEN_MS[kind],
+        opened_at_ms=now_ms,
         probes_good=0,
         reason=kind.value,
     )
+
+
+def credential_after_good(record: Record, flight: Flight) -> Record:
+    """Trust a credential again, but not for a call that began before its refusal."""
+    return Record() if flight.started_ms >= record.opened_at_ms else record
 
 
 def after_call(

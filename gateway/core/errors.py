@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from gateway.core.money import decimal_text
+
 
 class GatewayError(Exception):
     """An error meant for the client.
@@ -73,6 +75,20 @@ class InsufficientCreditsError(GatewayError):
     client_may_retry = False
 
 
+def insufficient_credits(
+    needed_nanocredits: int, available_nanocredits: int
+) -> InsufficientCreditsError:
+    """Say how much a request may cost and how much there is."""
+    needed = decimal_text(needed_nanocredits)
+    available = decimal_text(available_nanocredits)
+    return InsufficientCreditsError(
+        f"This request may cost up to {needed} credits, and {available} are "
+        "available. Buy credits, or ask for a smaller size, a lower quality or fewer "
+        "images.",
+        extra={"estimated_credits": needed, "account_balance_credits": available},
+    )
+
+
 class ForbiddenError(GatewayError):
     """The key may not do this."""
 
@@ -119,6 +135,15 @@ class ServiceUnavailableError(GatewayError):
     status = 503
     type = "api_error"
     code = "service_unavailable"
+
+
+def storage_full() -> ServiceUnavailableError:
+    """Say that the disk takes no pictures."""
+    return ServiceUnavailableError(
+        "The gateway cannot store pictures at the moment. Try again later.",
+        code="storage_unavailable",
+        retry_after_s=30,
+    )
 
 
 class DeadlineExceededError(GatewayError):

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from gateway.core.catalogue import Catalogue, Operation, Variant
+from gateway.core.catalogue import Catalogue, Operation, TokenRule, Variant
 from gateway.core.errors import InvalidRequestError, NotFoundError
 from gateway.core.sizes import Size, resolve_size, shown
 
@@ -23,15 +23,22 @@ IMAGE_URL_MAX_CHARS = 20_971_520
 CALLBACK_URL_MAX_CHARS = 2048
 COMPRESSION_MAX = 100
 PARTIAL_IMAGES_MAX = 3
-IGNORED_MAX = 32
+IGNORED_MAX = 16
 """So many unknown fields are named to the client; they travel in one header."""
 IGNORED_MAX_CHARS = 64
+"""Of each name, as it is shown: the header stays within 1 KiB."""
 
 OUTPUT_FORMATS = ("png", "jpeg", "webp")
 BACKGROUNDS = ("auto", "opaque", "transparent")
 MODERATIONS = ("auto", "low")
 RESPONSE_FORMATS = ("url", "b64_json")
-IMAGE_URL_SCHEMES = ("https://", "http://", "data:")
+INPUT_FIDELITIES = ("high", "low")
+REFERENCE_SCHEMES = ("https://", "http://", "data:", "file_")
+UPLOAD_SCHEME = "upload:"
+"""Names a file that came with the request itself; no client can send this one."""
+TRUE_OR_FALSE = {"true": True, "false": False, "1": True, "0": False}
+FORM_NUMBERS = frozenset({"n", "output_compression", "partial_images"})
+FORM_FLAGS = frozenset({"stream"})
 KNOWN_FIELDS = frozenset(
     {
         "background",
@@ -55,6 +62,8 @@ KNOWN_FIELDS = frozenset(
     }
 )
 
+_EDIT_FIELDS = KNOWN_FIELDS - {"image_urls", "mask_url"} | {"input_fidelity"}
+_FORM_NUMBER = re.compile(r"-?[0-9]{1,9}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _UNPRINTED = re.compile(r"[\x00-\x20\x7f]")
 
@@ -64,8 +73,10 @@ class ImageRequest:
     """A request that keeps every rule.
 
     ``size`` None lets the model choose; ``quality`` is one of the variant's, or
-    ``auto``. Fields that are None were not given. ``ignored`` names the fields that
-    had no effect, fit for a header.
+    ``auto``. Fields that are None were not given. ``references`` and ``mask`` say where
+    the pictures are: a URL, a data URL, a file id, or ``upload:`` and the place among
+    the files that came with the request. ``ignored`` names the fields that had no
+    effect, fit for a header.
     """
 
     variant: Variant
@@ -80,8 +91,9 @@ class ImageRequest:
     user: str | None = None
     safety_identifier: str | None = None
     response_format: str | None = None
-    image_urls: tuple[str, ...] = ()
-    mask_url: str | None = None
+    references: tuple[str, ...] = ()
+    mask: str | None = None
+    input_fidelity: str | None = None
     callback_url: str | None = None
     stream: bool = False
     partial_images: int = 0
@@ -90,7 +102,7 @@ class ImageRequest:
     @property
     def operation(self) -> Operation:
         """What is asked of the model: references make it an edit."""
-        return Operation.EDIT if self.image_urls else Operation.GENERATE
+        return Operation.EDIT if self.references else Operation.GENERATE
 
 
 def parse_generation(
@@ -108,23 +120,88 @@ def parse_generation(
             when the body is no object at all.
         NotFoundError: there is no such model, or it is retired.
     """
-    if not isinstance(body, Mapping):
-        raise InvalidRequestError(
-            'The body must be a JSON object such as {"prompt": "a lighthouse"}.',
-            code="invalid_body",
-        )
-    fields = {str(name): value for name, value in body.items() if value is not None}
+    fields = _fields(body)
     variant = _variant(fields, catalogue)
+    urls = _image_urls(fields, variant.references_max)
+    pictures = _Pictures(urls, _mask_url(fields) if urls else None, "image_urls")
+    known = KNOWN_FIELDS if urls else KNOWN_FIELDS - {"mask_url"}
+    return _request(fields, variant, pictures, known, prompt_optional=prompt_optional)
+
+
+def parse_edit(body: object, catalogue: Catalogue) -> ImageRequest:
+    """Check a JSON body of the edit route: ``images`` and ``mask`` are objects.
+
+    Raises:
+        InvalidRequestError: a field breaks a rule, or there is no image.
+        NotFoundError: there is no such model, or it is retired.
+    """
+    fields = _fields(body)
+    variant = _variant(fields, catalogue)
+    images = fields.get("images")
+    count_max = variant.references_max
+    if not isinstance(images, list) or not 1 <= len(images) <= count_max:
+        raise _wrong(
+            "images",
+            f"must be an array of 1 to {count_max} objects with image_url or file_id",
+        )
+    references = tuple(
+        _image_object(image, f"images[{i}]") for i, image in enumerate(images)
+    )
+    mask = _image_object(fields["mask"], "mask") if "mask" in fields else None
+    known = _EDIT_FIELDS | {"images", "mask"}
+    return _request(fields, variant, _Pictures(references, mask, "images"), known)
+
+
+def parse_edit_form(
+    form: Mapping[str, str], images: int, catalogue: Catalogue, *, has_mask: bool
+) -> ImageRequest:
+    """Check the text fields of a multipart edit that brought ``images`` files.
+
+    The mask, if there is one, is the file after the images.
+
+    Raises:
+        InvalidRequestError: a field breaks a rule, or there is no image.
+        NotFoundError: there is no such model, or it is retired.
+    """
+    fields = {name: _from_form(name, text) for name, text in form.items() if text}
+    variant = _variant(fields, catalogue)
+    if not 1 <= images <= variant.references_max:
+        raise _wrong(
+            "image",
+            f"must be 1 to {variant.references_max} files: send one as image, "
+            "several as image[]",
+        )
+    references = tuple(f"{UPLOAD_SCHEME}{place}" for place in range(images))
+    mask = f"{UPLOAD_SCHEME}{images}" if has_mask else None
+    return _request(fields, variant, _Pictures(references, mask, "image"), _EDIT_FIELDS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pictures:
+    references: tuple[str, ...]
+    mask: str | None
+    param: str
+
+
+def _request(
+    fields: Mapping[str, object],
+    variant: Variant,
+    pictures: _Pictures,
+    known: Collection[str],
+    *,
+    prompt_optional: bool = False,
+) -> ImageRequest:
     prompt = _prompt(fields, required=not prompt_optional)
-    size_text = _text(fields, "size")
+    asked = _text(fields, "size")
     size = resolve_size(
-        "auto" if size_text is None else size_text,
-        fields.get("resolution"),
-        variant.token_rule,
+        "auto" if asked is None else asked, fields.get("resolution"), variant.token_rule
     )
     quality = _choice(fields, "quality", ("auto", *variant.tile_bases))
     output_format = _choice(fields, "output_format", OUTPUT_FORMATS) or "png"
-    image_urls = _image_urls(fields, variant.references_max)
+    fidelity = _choice(fields, "input_fidelity", INPUT_FIDELITIES)
+    takes_fidelity = pictures.references and variant.token_rule is TokenRule.TABLE
+    if not takes_fidelity:
+        known = set(known) - {"input_fidelity"}
     return ImageRequest(
         variant=variant,
         prompt=prompt,
@@ -138,13 +215,32 @@ def parse_generation(
         user=_identifier(fields, "user"),
         safety_identifier=_identifier(fields, "safety_identifier"),
         response_format=_choice(fields, "response_format", RESPONSE_FORMATS),
-        image_urls=image_urls,
-        mask_url=_mask_url(fields) if image_urls else None,
+        references=pictures.references,
+        mask=pictures.mask,
+        input_fidelity=fidelity if takes_fidelity else None,
         callback_url=_callback_url(fields),
         stream=_flag(fields, "stream"),
         partial_images=_whole(fields, "partial_images", 0, PARTIAL_IMAGES_MAX) or 0,
-        ignored=_ignored(fields, has_references=bool(image_urls)),
+        ignored=_ignored(fields, known),
     )
+
+
+def _fields(body: object) -> dict[str, object]:
+    if not isinstance(body, Mapping):
+        raise InvalidRequestError(
+            'The body must be a JSON object such as {"prompt": "a lighthouse"}.',
+            code="invalid_body",
+        )
+    return {str(name): value for name, value in body.items() if value is not None}
+
+
+def _from_form(name: str, text: str) -> object:
+    # A form has only text. What cannot be read stays text, and is refused as such.
+    if name in FORM_NUMBERS and _FORM_NUMBER.fullmatch(text):
+        return int(text)
+    if name in FORM_FLAGS:
+        return TRUE_OR_FALSE.get(text.lower(), text)
+    return text
 
 
 def _variant(fields: Mapping[str, object], catalogue: Catalogue) -> Variant:
@@ -222,23 +318,38 @@ def _image_urls(fields: Mapping[str, object], count_max: int) -> tuple[str, ...]
         return ()
     if not isinstance(urls, list) or not 1 <= len(urls) <= count_max:
         raise _wrong("image_urls", f"must be an array of 1 to {count_max} URLs")
-    return tuple(
-        _image_url({name: url}, name)
-        for name, url in ((f"image_urls[{i}]", url) for i, url in enumerate(urls))
-    )
+    return tuple(_reference(url, f"image_urls[{i}]") for i, url in enumerate(urls))
 
 
 def _mask_url(fields: Mapping[str, object]) -> str | None:
-    return _image_url(fields, "mask_url") if "mask_url" in fields else None
+    return _reference(fields["mask_url"], "mask_url") if "mask_url" in fields else None
 
 
-def _image_url(fields: Mapping[str, object], name: str) -> str:
-    url = _text(fields, name) or ""
-    if len(url) > IMAGE_URL_MAX_CHARS:
-        raise _wrong(name, f"may have at most {IMAGE_URL_MAX_CHARS:,} characters")
-    if not url[:8].lower().startswith(IMAGE_URL_SCHEMES):
-        raise _wrong(name, "must be a URL that starts with https://, http:// or data:")
-    return url
+def _image_object(image: object, param: str) -> str:
+    rule = 'must be an object with either "image_url" or "file_id", and nothing else'
+    if not isinstance(image, Mapping):
+        raise _wrong(param, rule)
+    given = {name: value for name, value in image.items() if value is not None}
+    if len(given) != 1 or not set(given) <= {"image_url", "file_id"}:
+        raise _wrong(param, rule)
+    ((name, value),) = given.items()
+    located = _reference(value, f"{param}.{name}")
+    if located.startswith("file_") != (name == "file_id"):
+        raise _wrong(f"{param}.{name}", "has a value of the other kind")
+    return located
+
+
+def _reference(value: object, param: str) -> str:
+    located = _text({param: value}, param) or ""
+    if len(located) > IMAGE_URL_MAX_CHARS:
+        raise _wrong(param, f"may have at most {IMAGE_URL_MAX_CHARS:,} characters")
+    if not located[:8].lower().startswith(REFERENCE_SCHEMES):
+        raise _wrong(
+            param,
+            "must be a URL that starts with https://, http:// or data:, "
+            "or the id of an uploaded file",
+        )
+    return located
 
 
 def _callback_url(fields: Mapping[str, object]) -> str | None:
@@ -264,10 +375,9 @@ def _is_https(url: str) -> bool:
         return False
 
 
-def _ignored(fields: Mapping[str, object], *, has_references: bool) -> tuple[str, ...]:
-    known = KNOWN_FIELDS if has_references else KNOWN_FIELDS - {"mask_url"}
+def _ignored(fields: Mapping[str, object], known: Collection[str]) -> tuple[str, ...]:
     names = [name for name in fields if name not in known][:IGNORED_MAX]
-    return tuple(ascii(name[:IGNORED_MAX_CHARS])[1:-1] for name in names)
+    return tuple(ascii(name)[1:-1][:IGNORED_MAX_CHARS] for name in names)
 
 
 # --- one field of one type ---

@@ -61,7 +61,6 @@ class Wish:
     size: tuple[int, int] | None
     quality: str
     n: int
-    output_format: str
     background: str | None = None
     references: int = 0
     mask: bool = False
@@ -73,7 +72,8 @@ class Candidate:
 
     ``cost_nanousd`` is the estimate for the whole request times the learned ratio,
     None when it is not known. ``reason`` says why it was left out; empty when it may
-    be tried. ``waits`` marks one that is only out of slots for the moment.
+    be tried. ``waits`` marks one that is only out of slots for the moment, ``shut`` one
+    that nothing but its open breaker keeps out.
     """
 
     offer: Offer
@@ -82,6 +82,7 @@ class Candidate:
     reason: str = ""
     retry_at_ms: int | None = None
     waits: bool = False
+    shut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,12 @@ class Decision:
         return self.ranked + self.left_out
 
     @property
+    def resting(self) -> bool:
+        """Whether nothing but rate limits keeps out every offer that could do it."""
+        states = {c.state for c in self.left_out if c.retry_at_ms is not None}
+        return not self.ranked and states == {BreakerState.PAUSED}
+
+    @property
     def soonest_retry_ms(self) -> int | None:
         """When the first of those left out may be called again."""
         times = [c.retry_at_ms for c in self.left_out if c.retry_at_ms is not None]
@@ -104,7 +111,10 @@ class Decision:
 
 
 def cannot(capabilities: Capabilities, wish: Wish) -> str | None:
-    """Say what an offer cannot do of a wish; None if it can do all of it."""
+    """Say what an offer cannot do of a wish; None if it can do all of it.
+
+    The output format is no matter: what an upstream cannot make is converted here.
+    """
     size = f"{wish.size[0]}x{wish.size[1]}" if wish.size else "auto"
     checks = {
         f"cannot {wish.operation.value}": wish.operation in capabilities.operations,
@@ -112,8 +122,7 @@ def cannot(capabilities: Capabilities, wish: Wish) -> str | None:
         or wish.size in capabilities.sizes,
         f"cannot make quality {wish.quality}": not capabilities.qualities
         or wish.quality in capabilities.qualities,
-        f"cannot make a {wish.output_format}": wish.output_format
-        in capabilities.output_formats,
+        "makes no picture format": bool(capabilities.output_formats),
         f"cannot make a {wish.background} background": wish.background
         in {None, "auto", *capabilities.backgrounds},
         f"takes at most {capabilities.references_max} references": wish.references
@@ -180,7 +189,10 @@ def _judged(
     if reason is None and offer.id in tried:
         reason = "already tried"
     if reason is None:
-        reason = _not_now(offer, health, moment)
+        reason = _too_late(offer, health, moment)
+    shut = reason is None and health.state is BreakerState.OPEN
+    if reason is None and not health.callable:
+        reason = f"{health.state.value}: {health.reason}".rstrip(": ")
     waits = reason is None and health.slots_free < 1
     return Candidate(
         offer,
@@ -189,14 +201,13 @@ def _judged(
         reason="no free slot" if waits else reason or "",
         retry_at_ms=health.retry_at_ms,
         waits=waits,
+        shut=shut and health.slots_free > 0,
     )
 
 
-def _not_now(offer: Offer, health: Health, moment: Moment) -> str | None:
+def _too_late(offer: Offer, health: Health, moment: Moment) -> str | None:
     if offer.sunset_on is not None and moment.today >= offer.sunset_on:
         return f"ended at this upstream on {offer.sunset_on}"
-    if not health.callable:
-        return f"{health.state.value}: {health.reason}".rstrip(": ")
     if health.usual_ms is not None and moment.left_ms < health.usual_ms:
         return "usually takes longer than the time left"
     return None

@@ -7,6 +7,7 @@ estimate) and ``expected_usage`` (routing, and settling when nothing is reported
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from gateway.core.catalogue import TokenRule, Usage, Variant
 from gateway.core.requests import ImageRequest
@@ -26,6 +27,8 @@ TEXT_BYTES_PER_TOKEN = 3
 REFERENCE_PATCH_PX = 32
 REFERENCE_TOKENS_MAX = 1536
 """Covers a mask too, and the 1,097 that the gpt-image-1 family takes at most."""
+HIGH_FIDELITY_TOKENS_MAX = 6240
+"""What ``input_fidelity: high`` adds to a reference in the gpt-image-1 family."""
 PARTIAL_IMAGE_TOKENS = 100
 
 TABLE_TOKENS = {
@@ -49,13 +52,13 @@ def bound_usage(request: ImageRequest, references: References | None = None) -> 
 
     Args:
         request: what is asked for.
-        references: those really given, if not just ``request.image_urls``. Each
+        references: those really given, if not just ``request.references``. Each
             counts as the maximum, since small ones are magnified upstream.
     """
     pictures = _references(request, references)
     return Usage(
         text_input=_text_bound(request.prompt),
-        image_input=REFERENCE_TOKENS_MAX * (len(pictures) + _masks(request)),
+        image_input=_reference_bound(request) * (len(pictures) + _masks(request)),
         image_output=_most(request),
     )
 
@@ -66,12 +69,26 @@ def expected_usage(
     """Return what one picture is expected to take. Never over ``bound_usage``."""
     return Usage(
         text_input=_text_expected(request.prompt),
-        image_input=sum(
-            map(_reference_expected, _references(request, references)),
-            start=REFERENCE_TOKENS_MAX * _masks(request),
+        image_input=_reference_bound(request) * _masks(request)
+        + sum(
+            _reference_expected(request, size)
+            for size in _references(request, references)
         ),
         image_output=_most(request),
     )
+
+
+def reported_usage(
+    request: ImageRequest, references: References | None = None
+) -> Usage:
+    """Return what an upstream without a tokenizer reports for one picture.
+
+    The bound, but for references of known size, which count by their patches: the
+    sandbox charges by it, so that a request without references costs what was held.
+    """
+    bound = bound_usage(request, references)
+    known = expected_usage(request, references)
+    return replace(bound, image_input=known.image_input)
 
 
 def least_usage(request: ImageRequest, references: References | None = None) -> Usage:
@@ -163,16 +180,23 @@ def _text_expected(prompt: str) -> int:
     return -(-len(prompt.encode()) // TEXT_BYTES_PER_TOKEN) + TEXT_OVERHEAD_TOKENS
 
 
-def _reference_expected(size: Size | None) -> int:
-    return reference_tokens(size) if size else REFERENCE_TOKENS_MAX
+def _reference_expected(request: ImageRequest, size: Size | None) -> int:
+    if size is None:
+        return _reference_bound(request)
+    return _reference_bound(request) - REFERENCE_TOKENS_MAX + reference_tokens(size)
 
 
 def _references(request: ImageRequest, given: References | None) -> References:
-    return (None,) * len(request.image_urls) if given is None else given
+    return (None,) * len(request.references) if given is None else given
+
+
+def _reference_bound(request: ImageRequest) -> int:
+    high = request.input_fidelity == "high"
+    return REFERENCE_TOKENS_MAX + (HIGH_FIDELITY_TOKENS_MAX if high else 0)
 
 
 def _masks(request: ImageRequest) -> int:
-    return int(request.mask_url is not None)
+    return int(request.mask is not None)
 
 
 def _most(request: ImageRequest) -> int:

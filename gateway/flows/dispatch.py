@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from gateway.core import limits, routing
-from gateway.core.breaker import BreakerState, Outcome
+from gateway.core.breaker import Outcome
 from gateway.core.catalogue import Offer, PerToken
+from gateway.core.errors import GatewayError, ServiceUnavailableError
 from gateway.core.events import AttemptFinished
 from gateway.core.money import decimal_text
 from gateway.core.routing import Candidate, Decision, Moment, Next, Wish
@@ -29,6 +31,7 @@ from providers.kit.contract import (
     FailureKind,
     ImageJob,
     MadeImage,
+    Partial,
     Pending,
     Provider,
     ProviderError,
@@ -57,7 +60,8 @@ class Order:
 
     ``job`` lacks only the upstream's model id and how many of ``n`` to make.
     ``cost_nanousd(offer, n)`` estimates what n pictures cost there, None if unknown.
-    ``deadline_ms`` is on the monotonic clock.
+    ``deadline_ms`` is on the monotonic clock. ``on_partial``, where given, is handed
+    partial pictures as they come, and owns them.
     """
 
     job: ImageJob
@@ -67,6 +71,7 @@ class Order:
     cost_nanousd: Callable[[Offer, int], int | None]
     deadline_ms: int
     today: str
+    on_partial: Callable[[Partial], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +132,7 @@ class Dispatcher:
     store: TaskStore
     clock: Clock
     events: Events
+    crashed: Callable[[BaseException, str], None]
     budget: limits.RetryBudget = field(default_factory=limits.RetryBudget)
 
     async def buy(self, order: Order) -> Purchase:
@@ -143,15 +149,21 @@ class Dispatcher:
         purchase = Purchase(missing=order.job.n)
         self.budget = limits.earned(self.budget, self.clock.monotonic_ms())
         tried: set[str] = set()
-        while purchase.missing and len(tried) < routing.ATTEMPTS_MAX:
-            chosen = await self._choose(order, purchase, frozenset(tried))
-            if chosen is None:
-                break
-            failed, short = await self._round(order, purchase, *chosen)
-            if failed or short:
-                tried.add(chosen[0].id)
-            if not await self._goes_on(order, purchase, failed):
-                break
+        try:
+            while purchase.missing and len(tried) < routing.ATTEMPTS_MAX:
+                chosen = await self._choose(order, purchase, frozenset(tried))
+                if chosen is None:
+                    break
+                failed, short = await self._round(order, purchase, *chosen)
+                if failed or short:
+                    tried.add(chosen[0].id)
+                if not await self._goes_on(order, purchase, failed):
+                    break
+        except ServiceUnavailableError as error:
+            # A library's own retry could buy again what an attempt has bought.
+            error.client_may_retry = False if purchase.attempts else None
+            if not purchase.lots:
+                raise
         return purchase
 
     async def _choose(
@@ -171,8 +183,9 @@ class Dispatcher:
             chosen = await self._admitted(order, decision, first=not tried)
             if chosen is not None:
                 return chosen
-            waits = decision.ranked or any(c.waits for c in decision.left_out)
-            if not waits or not await self.board.wait_for_slot(left_ms / 1000):
+            full = [c.offer.id for c in decision.left_out if c.waits]
+            full += [c.offer.id for c in decision.ranked]
+            if not full or not await self.board.wait_for_slot(full, left_ms / 1000):
                 return None
 
     async def _admitted(
@@ -186,7 +199,7 @@ class Dispatcher:
         if decision.ranked or not first or any(c.waits for c in decision.left_out):
             return None
         # Every breaker is open: the cheapest gets the one try that is allowed.
-        shut = [c for c in decision.left_out if c.state is BreakerState.OPEN]
+        shut = [c for c in decision.left_out if c.shut]
         for candidate in sorted(shut, key=lambda c: c.cost_nanousd or 0):
             permit = await self.board.admit(candidate.offer.id, operation, forced=True)
             if permit is not None:
@@ -292,7 +305,7 @@ class Dispatcher:
             order=order,
             offer=offer,
             seq=purchase.attempts,
-            job=replace(order.job, model=offer.model, n=n),
+            job=_job_at(offer, order.job, n),
             estimate_nanousd=order.cost_nanousd(offer, n) or 0,
             started_ms=self.clock.now_ms(),
             started_mono_ms=self.clock.monotonic_ms(),
@@ -339,6 +352,9 @@ class Dispatcher:
         job = replace(call.job, deadline_s=limit_s)
         try:
             async with asyncio.timeout(limit_s):
+                on_partial = call.order.on_partial
+                if on_partial is not None and call.offer.capabilities.stream:
+                    return await _streamed(provider, job, on_partial)
                 step = await provider.start(job)
                 if isinstance(step, Pending):
                     await self.store.accept_attempt(job.task_id, call.seq, step.job_id)
@@ -348,6 +364,17 @@ class Dispatcher:
             raise ProviderError(
                 FailureKind.TIMEOUT, f"no answer in {limit_s:.0f} s"
             ) from None
+        except (ProviderError, GatewayError):
+            raise
+        except Exception as error:
+            # The supervisor of adapters: one that breaks its contract fails its own
+            # attempt, and the next upstream is tried.
+            self.crashed(error, f"{call.offer.id} for {job.task_id}")
+            raise ProviderError(
+                FailureKind.BAD_GATEWAY,
+                f"the adapter failed: {type(error).__name__}",
+                billed=Billed.MAYBE,
+            ) from error
         return step
 
     async def _finished(self, provider: Provider, job: ImageJob, step: Pending) -> Done:
@@ -438,6 +465,28 @@ class _Call:
             upstream_code=error.upstream_code,
             detail=error.detail,
         )
+
+
+async def _streamed(
+    provider: Provider, job: ImageJob, on_partial: Callable[[Partial], None]
+) -> Done:
+    async with aclosing(provider.stream(job)) as steps:
+        async for step in steps:
+            if isinstance(step, Done):
+                return step
+            on_partial(step)
+    raise ProviderError(FailureKind.TIMEOUT, "the stream ended without a picture")
+
+
+def _job_at(offer: Offer, job: ImageJob, n: int) -> ImageJob:
+    # An offer that cannot make the format makes another; the gateway converts it.
+    formats = offer.capabilities.output_formats
+    if job.output_format in formats:
+        return replace(job, model=offer.model, n=n)
+    made = "png" if "png" in formats else min(formats)
+    return replace(
+        job, model=offer.model, n=n, output_format=made, output_compression=None
+    )
 
 
 def _outcome_of(result: Lot | Failure, call: _Call) -> Outcome:

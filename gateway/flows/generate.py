@@ -20,14 +20,20 @@ from gateway.core.errors import (
     InvalidRequestError,
     RateLimitedError,
     ServiceUnavailableError,
+    insufficient_credits,
 )
 from gateway.core.events import HoldRefused, TaskFinished
-from gateway.core.ledger import Settled
+from gateway.core.ledger import Balance, Settled
 from gateway.core.requests import ImageRequest
 from gateway.core.routing import Wish
 from gateway.core.sizes import Size
 from gateway.core.tasks import DeliveryMode, TaskState
-from gateway.core.tokens import bound_usage, estimated_usage
+from gateway.core.tokens import (
+    AUTO_SIZE,
+    estimated_usage,
+    expected_usage,
+    reported_usage,
+)
 from gateway.flows.dispatch import (
     Dispatcher,
     Failure,
@@ -35,6 +41,7 @@ from gateway.flows.dispatch import (
     Purchase,
     decision_json,
 )
+from gateway.flows.inputs import NO_INPUTS, Inputs
 from gateway.flows.results import Results
 from gateway.flows.tasks import Facts, Picture, TaskView
 from gateway.ports import (
@@ -42,8 +49,10 @@ from gateway.ports import (
     Clock,
     Events,
     Key,
+    Ledger,
     NewTask,
     StoredResult,
+    Studio,
     TaskEnd,
     TaskStore,
 )
@@ -52,6 +61,7 @@ from providers.kit.contract import (
     FailureKind,
     ImageJob,
     MadeImage,
+    Partial,
     Usage,
 )
 
@@ -69,6 +79,7 @@ class Accepted:
     task: NewTask
     request: ImageRequest
     deadline_mono_ms: int
+    inputs: Inputs = NO_INPUTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +90,8 @@ class Generate:
     store: TaskStore
     dispatcher: Dispatcher
     results: Results
+    ledger: Ledger
+    studio: Studio
     clock: Clock
     chance: Chance
     events: Events
@@ -89,8 +102,28 @@ class Generate:
         suffix = self.chance.token(tasks.TASK_ID_ALPHABET, tasks.TASK_ID_CHARS)
         return tasks.task_id_for(self.clock.now_ms() // 1000, suffix)
 
-    async def accept(self, task_id: str, request: ImageRequest, key: Key) -> Accepted:
+    async def check_credits(self, request: ImageRequest, key: Key) -> None:
+        """Turn away who cannot pay before anything is fetched for the request.
+
+        Raises:
+            InsufficientCreditsError: less is available than the request may cost.
+        """
+        needed = pricing.hold_nanocredits(request)
+        balance = await self.ledger.balance(key.tenant_id) or Balance()
+        if balance.available < needed:
+            self.events.emit(HoldRefused(request.variant.name))
+            raise insufficient_credits(needed, balance.available)
+
+    async def accept(
+        self,
+        task_id: str,
+        request: ImageRequest,
+        key: Key,
+        inputs: Inputs = NO_INPUTS,
+    ) -> Accepted:
         """Hold the most that the request can cost.
+
+        The inputs stay with the caller if it raises; else ``carry_out`` closes them.
 
         Raises:
             InsufficientCreditsError: it is not there; nothing was held.
@@ -123,19 +156,39 @@ class Generate:
             self.events.emit(HoldRefused(task.variant))
             raise
         deadline_ms = self.clock.monotonic_ms() + SYNC_DEADLINE_MS
-        return Accepted(task, request, deadline_ms)
+        return Accepted(task, request, deadline_ms, inputs)
 
-    async def carry_out(self, accepted: Accepted, *, links: bool) -> TaskView:
+    async def carry_out(
+        self,
+        accepted: Accepted,
+        *,
+        links: bool,
+        on_partial: Callable[[Partial], None] | None = None,
+    ) -> TaskView:
         """Buy, keep and settle; the payloads of the pictures belong to the caller.
 
         ``links`` stores the pictures to be linked to; otherwise they are kept only
-        until the answer is out.
+        until the answer is out. ``on_partial`` is handed partial pictures, and owns
+        them.
 
         Raises:
             GatewayError: nothing was delivered; the hold is released.
         """
         try:
-            purchase = await self.dispatcher.buy(self._order(accepted))
+            return await self._carried_out(accepted, on_partial, links=links)
+        finally:
+            accepted.inputs.close()
+
+    async def _carried_out(
+        self,
+        accepted: Accepted,
+        on_partial: Callable[[Partial], None] | None,
+        *,
+        links: bool,
+    ) -> TaskView:
+        order = replace(self._order(accepted), on_partial=on_partial)
+        try:
+            purchase = await self.dispatcher.buy(order)
         except ServiceUnavailableError as error:
             await self.give_up(accepted, error)
             raise
@@ -146,6 +199,7 @@ class Generate:
         for extra in purchase.images[accepted.request.n :]:
             extra.payload.close()
         try:
+            await self._convert(accepted.request, purchase)
             kept = await self._kept(accepted, purchase, links=links)
             return await self._settled(accepted, purchase, kept)
         except BaseException:
@@ -169,9 +223,32 @@ class Generate:
             usage_source="none",
             error_json=json.dumps(task_error(error)),
             route_json=_route_json(purchase),
+            attempts=tuple(
+                replace(lot.end, won=False)
+                for lot in (purchase.lots if purchase else ())
+            ),
         )
         settled = await self._finish(end)
         self._tell(accepted, end, settled, purchase, error)
+
+    async def _convert(self, request: ImageRequest, purchase: Purchase) -> None:
+        # What an upstream gave in another format than was asked for. A picture that
+        # cannot be converted is delivered as it is: it is paid, and the answer says
+        # what it is.
+        wanted = f"image/{request.output_format}"
+        for place, lot in enumerate(purchase.lots):
+            images = list(lot.done.images)
+            for index, image in enumerate(images):
+                if image.media_type == wanted:
+                    continue
+                converted = await self.studio.convert(
+                    image, request.output_format, request.output_compression
+                )
+                if converted is not None:
+                    image.payload.close()
+                    images[index] = converted
+            done = replace(lot.done, images=tuple(images))
+            purchase.lots[place] = replace(lot, done=done)
 
     async def _kept(
         self, accepted: Accepted, purchase: Purchase, *, links: bool
@@ -187,8 +264,7 @@ class Generate:
         except ServiceUnavailableError as error:
             if not links:
                 return self.results.unkept(accepted.task.id, images, now_ms)
-            for lot in purchase.lots:
-                await self.store.end_attempt(replace(lot.end, won=False))
+            error.client_may_retry = False  # it would be bought again
             await self.give_up(accepted, error, purchase)
             raise
 
@@ -201,10 +277,7 @@ class Generate:
         request, task = accepted.request, accepted.task
         images = purchase.images[: request.n]
         now_ms = self.clock.now_ms()
-        *earlier, last = purchase.lots
-        for lot in earlier:
-            await self.store.end_attempt(lot.end)
-        usage, source = _usage_of(request, purchase)
+        usage, source = _usage_of(accepted, purchase)
         facts = _resolved(request, purchase, images)
         end = TaskEnd(
             task_id=task.id,
@@ -221,7 +294,7 @@ class Generate:
                     "size": facts.size,
                 }
             ),
-            attempt=last.end,
+            attempts=tuple(lot.end for lot in purchase.lots),
             results=kept,
         )
         settled = await self._finish(end)
@@ -254,7 +327,8 @@ class Generate:
 
     def _order(self, accepted: Accepted) -> Order:
         request, variant = accepted.request, accepted.request.variant
-        each = bound_usage(request)
+        sizes = accepted.inputs.sizes if request.references else None
+        each = expected_usage(request, sizes)
 
         def cost_nanousd(offer: Offer, n: int) -> int | None:
             return pricing.offer_cost_nanousd(
@@ -262,7 +336,7 @@ class Generate:
             )
 
         return Order(
-            job=_job(accepted, each),
+            job=_job(accepted, reported_usage(request, sizes)),
             wish=wish_of(request),
             variant=variant.name,
             offers=self.catalogue.offers[variant.name],
@@ -307,10 +381,9 @@ def wish_of(request: ImageRequest) -> Wish:
         size=request.size,
         quality=request.quality,
         n=request.n,
-        output_format=request.output_format,
         background=request.background,
-        references=len(request.image_urls),
-        mask=request.mask_url is not None,
+        references=len(request.references),
+        mask=request.mask is not None,
     )
 
 
@@ -353,7 +426,7 @@ def _facts_of(request: ImageRequest) -> dict[str, object]:
         "n": request.n,
         "output_format": request.output_format,
         "background": request.background,
-        "references": len(request.image_urls),
+        "references": len(request.references),
         "response_format": request.response_format,
         "prompt_chars": len(request.prompt),
     }
@@ -378,6 +451,10 @@ def _job(accepted: Accepted, each: Usage) -> ImageJob:
         moderation=request.moderation,
         user=request.user,
         safety_identifier=request.safety_identifier,
+        input_fidelity=request.input_fidelity,
+        references=accepted.inputs.references,
+        mask=accepted.inputs.mask,
+        partial_images=request.partial_images if request.stream else 0,
     )
 
 
@@ -392,30 +469,45 @@ def _picture(image: MadeImage, stored: StoredResult) -> Picture:
     )
 
 
-def _usage_of(request: ImageRequest, purchase: Purchase) -> tuple[Usage, str]:
+def _usage_of(accepted: Accepted, purchase: Purchase) -> tuple[Usage, str]:
     total, source = Usage(), "reported"
+    request = accepted.request
+    references = accepted.inputs.sizes if request.references else None
     for lot in purchase.lots:
         usage = lot.done.usage
         if usage is None:
             source = "estimated"
             sizes = [Size(i.width_px, i.height_px) for i in lot.done.images]
-            usage = estimated_usage(request, sizes, quality=lot.done.quality)
+            usage = estimated_usage(
+                request, sizes, quality=lot.done.quality, references=references
+            )
         total = total.plus(usage)
     return total, source
+
+
+def facts_of(request: ImageRequest) -> Facts:
+    """Say of the pictures what is known before they are made; never ``auto``."""
+    quality = request.quality
+    if quality not in request.variant.tile_bases:
+        quality = max(request.variant.tile_bases.items(), key=lambda q: q[1])[0]
+    return Facts(
+        background="transparent" if request.background == "transparent" else "opaque",
+        output_format=request.output_format,
+        quality=quality,
+        size=(request.size or AUTO_SIZE).text,
+    )
 
 
 def _resolved(
     request: ImageRequest, purchase: Purchase, images: tuple[MadeImage, ...]
 ) -> Facts:
-    done, first = purchase.lots[0].done, images[0]
-    quality = done.quality or request.quality
-    if quality not in request.variant.tile_bases:
-        quality = max(request.variant.tile_bases.items(), key=lambda q: q[1])[0]
+    done, first, known = purchase.lots[0].done, images[0], facts_of(request)
+    said = done.quality in request.variant.tile_bases
     background = done.background or request.background
     return Facts(
         background="transparent" if background == "transparent" else "opaque",
         output_format=first.media_type.removeprefix("image/"),
-        quality=quality,
+        quality=done.quality if said and done.quality else known.quality,
         size=f"{first.width_px}x{first.height_px}",
     )
 
@@ -429,21 +521,19 @@ def _route_json(purchase: Purchase | None) -> str | None:
 
 def _client_error(purchase: Purchase) -> GatewayError:
     """Say what the client meets when nothing was delivered."""
-    last = purchase.failures[-1] if purchase.failures else None
-    if last is None:
+    if not purchase.failures:
+        if purchase.decision is not None and purchase.decision.resting:
+            return _all_limited(purchase)
         return _unavailable(
             purchase, "No upstream can serve this request at the moment."
         )
-    refusal = _refusal(last)
-    if refusal is not None:
-        return refusal
+    for failure in sorted(purchase.failures, key=_strictness):
+        refusal = _refusal(failure)
+        if refusal is not None:
+            return refusal
     kinds = {failure.error.kind for failure in purchase.failures}
     if kinds == {FailureKind.RATE_LIMITED}:
-        return RateLimitedError(
-            "Every upstream is rate limited at the moment. You were not charged. "
-            "Try again after the time in Retry-After.",
-            retry_after_s=_retry_after_s(purchase),
-        )
+        return _all_limited(purchase)
     if kinds == {FailureKind.UNSUPPORTED}:
         return InvalidRequestError(
             "No upstream supports this combination of parameters. You were not "
@@ -452,6 +542,28 @@ def _client_error(purchase: Purchase) -> GatewayError:
         )
     return _unavailable(
         purchase, "Every upstream that could serve this request failed."
+    )
+
+
+_STRICTEST_FIRST = (
+    FailureKind.CONTENT_POLICY,
+    FailureKind.INVALID_REQUEST,
+    FailureKind.TIMEOUT,
+)
+
+
+def _strictness(failure: Failure) -> int:
+    # Of several calls at once the refusal tells the client most.
+    kind = failure.error.kind
+    known = kind in _STRICTEST_FIRST
+    return _STRICTEST_FIRST.index(kind) if known else len(_STRICTEST_FIRST)
+
+
+def _all_limited(purchase: Purchase) -> RateLimitedError:
+    return RateLimitedError(
+        "Every upstream is rate limited at the moment. You were not charged. "
+        "Try again after the time in Retry-After.",
+        retry_after_s=_retry_after_s(purchase),
     )
 
 

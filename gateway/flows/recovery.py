@@ -6,17 +6,10 @@ import json
 from dataclasses import dataclass
 
 from gateway.core.errors import ServiceUnavailableError
-from gateway.core.tasks import AttemptState, TaskState
+from gateway.core.events import TaskFinished
+from gateway.core.tasks import TaskState
 from gateway.flows.generate import task_error
-from gateway.ports import (
-    AttemptEnd,
-    AttemptRecord,
-    Clock,
-    TaskEnd,
-    TaskRecord,
-    TaskStore,
-)
-from providers.kit.contract import Billed, FailureKind
+from gateway.ports import Clock, Events, TaskEnd, TaskRecord, TaskStore
 
 BATCH_TASKS = 200
 HOLD_KEPT_MS = 900_000
@@ -29,11 +22,12 @@ class Recovery:
 
     All tasks are synchronous: their clients lost the connection together with the
     process, and no upstream in use gives a job id to go back to. What may have been
-    bought is booked as waste, the tenant pays nothing.
+    bought is booked as waste by the store, the tenant pays nothing.
     """
 
     store: TaskStore
     clock: Clock
+    events: Events
 
     async def after_start(self) -> int:
         """Close every unfinished task: call it before the first request is taken.
@@ -58,9 +52,6 @@ class Recovery:
         return closed
 
     async def _give_up(self, task: TaskRecord) -> None:
-        for attempt in task.attempts:
-            if attempt.state in {AttemptState.SENDING, AttemptState.ACCEPTED}:
-                await self.store.end_attempt(_unknown(task, attempt, self.clock))
         error = ServiceUnavailableError(
             "The gateway stopped while it worked on this task. You were not charged. "
             "Send the request again."
@@ -76,18 +67,20 @@ class Recovery:
                 error_json=json.dumps(task_error(error)),
             )
         )
-
-
-def _unknown(task: TaskRecord, attempt: AttemptRecord, clock: Clock) -> AttemptEnd:
-    return AttemptEnd(
-        task_id=task.id,
-        seq=attempt.seq,
-        state=AttemptState.FAILED,
-        finished_ms=clock.now_ms(),
-        won=False,
-        billed=Billed.MAYBE,
-        cost_nanousd=attempt.estimate_nanousd,
-        cost_source="estimate",
-        kind=FailureKind.TIMEOUT.value,
-        detail="the gateway's process ended while the call was under way",
-    )
+        self.events.emit(
+            TaskFinished(
+                task_id=task.id,
+                variant=task.variant,
+                state=TaskState.FAILED.value,
+                served="failed",
+                error_code=error.code,
+                attempts=len(task.attempts),
+                saved_by_fallback=False,
+                images=0,
+                duration_ms=self.clock.now_ms() - task.created_ms,
+                charged_nanocredits=0,
+                absorbed_nanocredits=0,
+                usage=None,
+                usage_source="none",
+            )
+        )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from gateway.flows.tasks import Picture
-from gateway.ports import BlobStore, StoredResult
+from gateway.ports import BlobStore, Clock, StoredResult
 from providers.kit.contract import MadeImage
 
 RESULT_KEPT_MS = 24 * 3600 * 1000
+SENT_KEPT_MS = 15 * 60 * 1000
+"""An answer that was handed to the network may still be lost on its way, or by a client
+that crashes: its pictures stay a while under the task's id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +21,16 @@ class Results:
     """Stores pictures under their task's name."""
 
     blobs: BlobStore
+    clock: Clock
+    _sent: deque[tuple[int, str]] = field(default_factory=deque)
 
     async def keep(
         self, task_id: str, images: Sequence[MadeImage], now_ms: int, *, inline: bool
     ) -> tuple[StoredResult, ...]:
-        """Store every picture before the task is settled, so that a crash loses none.
+        """Store every picture before the task is settled: no charge without a picture.
 
-        ``inline`` pictures are stored as they came, and forgotten by ``sent`` once
-        the answer that carries them is out.
+        ``inline`` pictures are stored as they came, and forgotten some time after
+        the answer that carries them is out (``sent``).
         """
         kept = []
         for index, image in enumerate(images):
@@ -40,11 +46,21 @@ class Results:
         """Describe pictures that go out in the answer and could not be stored."""
         return tuple(_stored(task_id, i, m, now_ms) for i, m in enumerate(images))
 
-    async def sent(self, pictures: Sequence[Picture]) -> None:
-        """Forget pictures that reached the client in the answer itself."""
-        for picture in pictures:
-            if picture.blob is not None:
-                await self.blobs.delete(picture.blob)
+    def sent(self, pictures: Sequence[Picture]) -> None:
+        """Note pictures that went out in the answer itself: they are kept 15 minutes.
+
+        After a restart nobody remembers, and they stay as long as links do.
+        """
+        due_ms = self.clock.monotonic_ms() + SENT_KEPT_MS
+        self._sent.extend((due_ms, p.blob) for p in pictures if p.blob is not None)
+
+    async def forget_sent(self) -> int:
+        """Delete what was sent long enough ago; returns how many."""
+        now_ms, count = self.clock.monotonic_ms(), 0
+        while self._sent and self._sent[0][0] <= now_ms:
+            await self.blobs.delete(self._sent.popleft()[1])
+            count += 1
+        return count
 
 
 def _stored(task_id: str, index: int, image: MadeImage, now_ms: int) -> StoredResult:

@@ -5,7 +5,7 @@ Standard library only and free of I/O, so that the gateway's core may use its wo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal, Protocol
@@ -137,6 +137,15 @@ class Usage:
         """Return the usage of ``count`` such jobs."""
         return Usage(*(getattr(self, name) * count for name in self.__slots__))
 
+    def shared(self, count: int) -> Usage:
+        """Return what each of ``count`` pictures took, rounded down."""
+        return Usage(*(getattr(self, name) // count for name in self.__slots__))
+
+    def minus(self, other: Usage) -> Usage:
+        """Return what is left without the other, which is part of it."""
+        names = self.__slots__
+        return Usage(*(getattr(self, name) - getattr(other, name) for name in names))
+
     def plus(self, other: Usage) -> Usage:
         """Return both usages together."""
         names = self.__slots__
@@ -217,6 +226,7 @@ class ImageJob:
     input_fidelity: str | None = None
     references: tuple[InputFile, ...] = ()
     mask: InputFile | None = None
+    partial_images: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +260,17 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class Partial:
+    """A first look at a picture that is still being made. Costs tokens of its own.
+
+    ``index`` counts from 0. Fewer may come than were asked for.
+    """
+
+    index: int
+    image: MadeImage
+
+
+@dataclass(frozen=True, slots=True)
 class Pending:
     """The upstream works on. ``job_id`` finds the job again after a restart."""
 
@@ -262,7 +283,8 @@ class Pending:
 class Capabilities:
     """What one model at one upstream can do; checked before any call.
 
-    An empty ``qualities`` or ``sizes`` means: any that the variant allows.
+    An empty ``qualities`` or ``sizes`` means: any that the variant allows. ``stream``
+    tells that ``Provider.stream`` shows partial pictures.
     """
 
     operations: frozenset[Operation] = frozenset({Operation.GENERATE})
@@ -273,6 +295,7 @@ class Capabilities:
     backgrounds: frozenset[str] = frozenset({"opaque", "transparent"})
     mask: bool = False
     references_max: int = 0
+    stream: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +320,14 @@ class Provider(Protocol):
 
     async def start(self, job: ImageJob) -> Done | Pending:
         """Hand the job over once. Never retries: the gateway owns retries."""
+        ...
+
+    def stream(self, job: ImageJob) -> AsyncGenerator[Partial | Done, None]:
+        """Hand the job over once, and yield partial pictures, then ``Done``, last.
+
+        Only for models whose capabilities say ``stream``. Whoever iterates owns the
+        payloads, and closes the generator.
+        """
         ...
 
     async def poll(self, job: ImageJob, job_id: str) -> Done | Pending:

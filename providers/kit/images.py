@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import binascii
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from providers.kit.contract import Payload
+from providers.kit.payloads import BrokenBase64Error, raw_chunks
 
 HEADER_MAX_BYTES = 1024 * 1024
 """A header is looked for in so many first bytes (JPEG puts profiles before it)."""
@@ -68,29 +68,17 @@ def read_payload_header(payload: Payload) -> ImageHeader:
         NotAnImageError: as ``read_header``; also when the base64 is broken.
     """
     start = b""
-    for raw in _raw_chunks(payload):
-        start += raw
-        try:
-            return read_header(start)
-        except TruncatedImageError:
-            if len(start) >= HEADER_MAX_BYTES:
-                break
+    try:
+        for raw in raw_chunks(payload):
+            start += raw
+            try:
+                return read_header(start)
+            except TruncatedImageError:
+                if len(start) >= HEADER_MAX_BYTES:
+                    break
+    except BrokenBase64Error as error:
+        raise NotAnImageError("broken base64") from error
     raise NotAnImageError("no whole header of a picture")
-
-
-def _raw_chunks(payload: Payload) -> Iterator[bytes]:
-    if payload.encoding == "raw":
-        yield from payload.chunks()
-        return
-    rest = b""
-    for chunk in payload.chunks():
-        text = rest + chunk
-        whole = len(text) - len(text) % 4
-        rest = text[whole:]
-        try:
-            yield binascii.a2b_base64(text[:whole], strict_mode=True)
-        except binascii.Error as error:
-            raise NotAnImageError("broken base64") from error
 
 
 def _take(data: bytes, at: int, count: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -152,12 +153,14 @@ class Spool:
         """Give memory and file back."""
         self._readable = True
         self._memory = None
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-            self._path = None
+        file, self._file = self._file, None
+        path, self._path = self._path, None
+        if path is not None:
+            path.unlink(missing_ok=True)
+        if file is not None:
+            # What is still buffered cannot be written on a full disk; nobody wants it.
+            with contextlib.suppress(OSError):
+                file.close()
 
     def _move_to_file(self, start: bytes) -> None:
         handle, name = tempfile.mkstemp(prefix="spool-", dir=self._folder)

@@ -10,7 +10,14 @@ import asyncio
 import contextlib
 import math
 import re
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+)
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC
@@ -33,6 +40,7 @@ BODY_IDLE_S = 30.0
 KEEPALIVE_S = 4.0
 """Short: a kept connection that died makes the next POST's outcome unknown."""
 ERROR_BODY_MAX_BYTES = 64 * 1024
+ERROR_BODY_MAX_S = 5.0
 RETRY_AFTER_MAX_S = 300.0
 DOWNLOAD_MAX_BYTES = 64 * 1024 * 1024
 DOWNLOAD_PAUSES_S = (0.0, 0.5, 2.0)
@@ -44,10 +52,24 @@ _HIDDEN = "[secret]"
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """One request. ``deadline_at_s`` is a time of the event loop's clock.
+class Body:
+    """A request body that is sent piece by piece, any number of times.
 
-    ``secret`` is only there to be kept out of error texts.
+    ``chunks`` yields exactly ``size_bytes``. It may raise OSError and ValueError: the
+    request then counts as not sent.
+    """
+
+    media_type: str
+    size_bytes: int
+    chunks: Callable[[], Iterator[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request, with ``json`` or a ``body`` or nothing.
+
+    ``deadline_at_s`` is a time of the event loop's clock. ``secret`` is only there to
+    be kept out of error texts.
     """
 
     method: str
@@ -55,6 +77,7 @@ class Call:
     deadline_at_s: float
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     json: object = None
+    body: Body | None = field(default=None, repr=False)
     secret: str = field(default="", repr=False)
 
 
@@ -77,8 +100,8 @@ class Reply:
         """Whether the status is 2xx. Redirects are not followed, so are none."""
         return self._response.is_success
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """Yield the body.
+    async def chunks(self, *, paced: bool = True) -> AsyncGenerator[bytes, None]:
+        """Yield the body. One that is not ``paced`` may pause until the deadline.
 
         Raises:
             ProviderError: TIMEOUT when it breaks off or stalls; BAD_GATEWAY when it is
@@ -105,19 +128,21 @@ class Reply:
             if chunk is None:
                 return
             yield chunk
-            idle_s = self._body_idle_s
+            idle_s = self._body_idle_s if paced else None
 
     async def error_body(self) -> bytes:
         """Read the start of the body of a refusal, as far as it can be read."""
         start = b""
         if self._is_compressed:
             return start
-        # The status is known, and it decides: a body that breaks off changes nothing.
-        with contextlib.suppress(ProviderError):
-            async for chunk in self.chunks():
-                start += chunk
-                if len(start) >= ERROR_BODY_MAX_BYTES:
-                    break
+        # The status is known, and it decides: a body that breaks off, or that does not
+        # come, changes nothing.
+        with contextlib.suppress(ProviderError, TimeoutError):
+            async with asyncio.timeout(ERROR_BODY_MAX_S):
+                async for chunk in self.chunks():
+                    start += chunk
+                    if len(start) >= ERROR_BODY_MAX_BYTES:
+                        break
         return start[:ERROR_BODY_MAX_BYTES]
 
     @property
@@ -182,15 +207,21 @@ class Wire:
             raise ProviderError(
                 FailureKind.TIMEOUT, "no time was left to ask", billed=Billed.NO
             )
+        upload = _Upload(call.body, self._body_idle_s) if call.body else None
         try:
             async with asyncio.timeout_at(call.deadline_at_s):
-                response = await self._send(call)
+                response = await self._send(call, upload)
                 try:
                     yield Reply(response, call, self._body_idle_s)
                 finally:
                     await _let_go(response)
         except TimeoutError as error:
-            raise ProviderError(FailureKind.TIMEOUT, "the deadline passed") from error
+            unsent = upload is not None and not upload.is_out
+            raise ProviderError(
+                FailureKind.TIMEOUT,
+                "the deadline passed",
+                billed=Billed.NO if unsent else None,
+            ) from error
 
     async def download(self, download: Download, spools: SpoolFolder) -> Spool:
         """Fetch a picture into a spool; whoever gets it closes it.
@@ -237,7 +268,7 @@ class Wire:
             raise
         return spool
 
-    async def _send(self, call: Call) -> httpx.Response:
+    async def _send(self, call: Call, upload: _Upload | None) -> httpx.Response:
         loop = asyncio.get_running_loop()
         timeout = httpx.Timeout(
             connect=CONNECT_TIMEOUT_S,
@@ -248,16 +279,60 @@ class Wire:
             write=BODY_IDLE_S,
         )
         headers = {"Accept-Encoding": "identity", **call.headers}
-        content = _encoded(call)
-        if content is not None:
+        content = upload or _encoded(call)
+        if call.body is not None:
+            headers["Content-Type"] = call.body.media_type
+            headers["Content-Length"] = str(call.body.size_bytes)
+        elif content is not None:
             headers["Content-Type"] = "application/json"
         try:
             request = self._client.build_request(
                 call.method, call.url, headers=headers, content=content, timeout=timeout
             )
-            return await self._client.send(request, stream=True)
+            async with upload.watched() if upload else contextlib.nullcontext():
+                return await self._client.send(request, stream=True)
         except _BREAKS as error:
-            raise _broken(error, call, None) from error
+            unsent = upload is not None and not upload.is_out
+            raise _broken(error, call, None, unsent=unsent) from error
+
+
+class _Upload:
+    """Hands a body over once, and knows whether the last byte of it was."""
+
+    def __init__(self, body: Body, idle_s: float) -> None:
+        self._body = body
+        self._idle_s = idle_s
+        self._handed_over_bytes = 0
+        self._limit: asyncio.Timeout | None = None
+
+    @property
+    def is_out(self) -> bool:
+        return self._handed_over_bytes >= self._body.size_bytes
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncGenerator[None, None]:
+        """Give up, with TimeoutError, on an upstream that stops taking the body."""
+        async with asyncio.timeout(None) as limit:
+            self._limit = limit
+            try:
+                yield
+            finally:
+                # Some answer early: the rest of the body has no clock then.
+                self._limit = None
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for chunk in self._body.chunks():
+            # Counted before it is handed over: from then on it may be out.
+            self._handed_over_bytes += len(chunk)
+            self._wind()
+            yield chunk
+            # A fast upstream never makes the transport wait; others have their turn.
+            await asyncio.sleep(0)
+
+    def _wind(self) -> None:
+        if self._limit is not None:
+            now_s = asyncio.get_running_loop().time()
+            self._limit.reschedule(None if self.is_out else now_s + self._idle_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +342,15 @@ class Tools:
     wire: Wire
     spools: SpoolFolder
     fraction: Callable[[], float]
+
+
+def unwritable() -> ProviderError:
+    """Say that a text of the request is no UTF-8 (it holds half a character)."""
+    return ProviderError(
+        FailureKind.INVALID_REQUEST,
+        "the request cannot be written as UTF-8",
+        client_message="The request contains text that is not valid Unicode.",
+    )
 
 
 def scrub(text: str, secret: str) -> str:
@@ -327,15 +411,13 @@ def _encoded(call: Call) -> bytes | None:
     try:
         return msgspec.json.encode(call.json)
     except UnicodeEncodeError as error:
-        raise ProviderError(
-            FailureKind.INVALID_REQUEST,
-            "the request cannot be written as UTF-8",
-            client_message="The request contains text that is not valid Unicode.",
-        ) from error
+        raise unwritable() from error
 
 
-def _broken(error: Exception, call: Call, status: int | None) -> ProviderError:
-    sent = status is not None or _was_sent(error)
+def _broken(
+    error: Exception, call: Call, status: int | None, *, unsent: bool = False
+) -> ProviderError:
+    sent = status is not None or (not unsent and _was_sent(error))
     text = str(error) or "no details"
     return ProviderError(
         FailureKind.TIMEOUT if sent else FailureKind.NETWORK,

@@ -270,10 +270,10 @@ async def child(path: Path, name: str, pairs: Iterator[int]) -> None:
         for number in pairs:
             task_id = f"{name}-{number}"
             await tasks.open(a_task(task_id))
-            print("opened", task_id, flush=True)  # noqa: T201 - the parent reads it
+            print(f"opened {task_id}.", flush=True)  # noqa: T201 - the parent reads it
             await tasks.begin_attempt(an_attempt(task_id))
-            await tasks.finish(an_end(task_id, attempt=a_won_attempt(task_id)))
-            print("finished", task_id, flush=True)  # noqa: T201 - the parent reads it
+            await tasks.finish(an_end(task_id, attempts=(a_won_attempt(task_id),)))
+            print(f"finished {task_id}.", flush=True)  # noqa: T201 - the parent reads it
 
     await asyncio.gather(*(work() for _ in range(8)))
     await database.close()

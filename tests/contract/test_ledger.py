@@ -291,6 +291,12 @@ PLANTED = {
         "task-3",
         "UPDATE tasks SET state = 'completed', finished_ms = 1 WHERE id = 'task-3'",
     ),
+    "a final task has no open attempt": (
+        "task-1 #9",
+        """INSERT INTO attempts (task_id, seq, offer_id, upstream, state,
+            estimate_nanousd, started_ms)
+        VALUES ('task-1', 9, 'a/b', 'a', 'sending', 7, 1)""",
+    ),
     "a settled task is final": (
         "task-1",
         "UPDATE tasks SET state = 'processing', finished_ms = NULL WHERE id = 'task-1'",

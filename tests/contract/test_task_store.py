@@ -132,7 +132,7 @@ async def test_a_task_tells_its_whole_story(stores: Stores) -> None:
     await stores.tasks.finish(
         an_end(
             answer_json='{"created":1}',
-            attempt=a_won_attempt(seq=2),
+            attempts=(a_won_attempt(seq=2),),
             results=(a_result(), a_result(index=1, inline=False, revised_prompt=None)),
         )
     )
@@ -308,7 +308,7 @@ async def test_an_attempt_ends_once(stores: Stores) -> None:
     await stores.tasks.end_attempt(a_lost_attempt())
 
     await stores.tasks.end_attempt(a_lost_attempt(cost_nanousd=9, kind="network"))
-    await stores.tasks.finish(a_void(attempt=a_won_attempt()))
+    await stores.tasks.finish(a_void(attempts=(a_won_attempt(),)))
 
     task = await stores.tasks.get("task-1")
     assert task is not None
@@ -346,15 +346,18 @@ async def test_waste_of_unknown_outcomes_is_told_from_other_spend(
         a_lost_attempt(seq=3, cost_nanousd=0, billed=Billed.NO),
         a_lost_attempt(seq=4, cost_nanousd=400, finished_ms=NOW_MS - 1),
         a_lost_attempt(seq=6, cost_nanousd=0),
+        a_lost_attempt(seq=7, cost_nanousd=7, kind="bad_gateway"),
     ]
     for end in ends:
         await stores.tasks.begin_attempt(an_attempt(seq=end.seq))
         await stores.tasks.end_attempt(end)
     await stores.tasks.begin_attempt(an_attempt(seq=5))
-    await stores.tasks.finish(an_end(attempt=a_won_attempt(seq=5, cost_nanousd=5_000)))
+    await stores.tasks.finish(
+        an_end(attempts=(a_won_attempt(seq=5, cost_nanousd=5_000),))
+    )
 
-    assert await stores.tasks.risk_book(NOW_MS) == RiskBook(2, 1, 5_021)
-    assert await stores.tasks.risk_book(NOW_MS - 1) == RiskBook(3, 401, 5_421)
+    assert await stores.tasks.risk_book(NOW_MS) == RiskBook(2, 1, 5_028)
+    assert await stores.tasks.risk_book(NOW_MS - 1) == RiskBook(3, 401, 5_428)
     assert await stores.tasks.risk_book(NOW_MS + 10_000) == RiskBook(0, 0, 0)
     assert await stores.rows(
         "SELECT seq, upstream, variant, kind, source, nanousd FROM cost_book ORDER BY 1"
@@ -364,6 +367,7 @@ async def test_waste_of_unknown_outcomes_is_told_from_other_spend(
         (4, "openai", "gpt-image-2", "waste", "estimate", 400),
         (5, "openai", "gpt-image-2", "cost", "usage", 5_000),
         (6, "openai", "gpt-image-2", "waste", "estimate", 0),
+        (7, "openai", "gpt-image-2", "waste", "estimate", 7),
     ]
 
 
@@ -450,7 +454,9 @@ async def test_the_first_end_of_a_task_stands(stores: Stores) -> None:
     await stores.fund(300)
     await stores.tasks.open(a_task())
     await stores.tasks.begin_attempt(an_attempt())
-    await stores.tasks.finish(an_end(attempt=a_won_attempt(), results=(a_result(),)))
+    await stores.tasks.finish(
+        an_end(attempts=(a_won_attempt(),), results=(a_result(),))
+    )
     before = await stores.tasks.get("task-1")
 
     again = await stores.tasks.finish(a_void())
@@ -473,7 +479,7 @@ async def test_a_thousand_ends_of_one_task_settle_it_once(stores: Stores) -> Non
             stores.tasks.finish(
                 an_end(
                     due_nanocredits=1 + number,
-                    attempt=a_won_attempt(),
+                    attempts=(a_won_attempt(),),
                     results=(a_result(),),
                 )
             )
@@ -583,7 +589,7 @@ async def test_a_reopened_database_keeps_everything(stores: Stores) -> None:
     await stores.tasks.open(a_task("task-1"))
     await stores.tasks.begin_attempt(an_attempt("task-1"), route_json="[]")
     await stores.tasks.finish(
-        an_end("task-1", attempt=a_won_attempt(), results=(a_result(),))
+        an_end("task-1", attempts=(a_won_attempt(),), results=(a_result(),))
     )
     await stores.tasks.open(a_task("task-2"))
     before = [await stores.tasks.get("task-1"), await stores.tasks.get("task-2")]
@@ -993,7 +999,9 @@ async def test_a_killed_process_leaves_a_whole_ledger(
     async with open_stores("sqlite", tmp_path) as stores:
         assert await stores.broken() == set()
         for each in said:
-            verb, _, task_id = each.partition(" ")
+            if not each.endswith("."):
+                continue  # the line that it was killed in
+            verb, _, task_id = each.removesuffix(".").partition(" ")
             task = await stores.tasks.get(task_id)
             assert task is not None
             assert verb != "finished" or task.state is TaskState.COMPLETED

@@ -66,6 +66,7 @@ class LiveGateway:
     url: str = ""
     first_key: str | None = None
     logs: list[str] = field(default_factory=list)
+    log_file: Path | None = None
     _process: subprocess.Popen[str] | None = None
     _collector: threading.Thread | None = None
 
@@ -81,8 +82,11 @@ class LiveGateway:
         options = ["--port", "0", "--data-dir", str(self.data_dir)]
         if self.config is not None:
             options += ["--config", str(self.config)]
+        run = [*COMMAND, "serve", *options]
+        if self.log_file is not None:
+            run = ["sh", "-c", f'exec "$@" 2>{self.log_file}', "sh", *run]
         self._process = subprocess.Popen(
-            [*COMMAND, "serve", *options],
+            run,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -102,6 +106,21 @@ class LiveGateway:
         assert self._process is not None
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
+        return self._ended()
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there."""
+        assert self._process is not None
+        return self._process.poll() is None
+
+    def signal(self) -> None:
+        """Send SIGTERM."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> int:
+        """Wait for its end; returns its exit code."""
         return self._ended()
 
     def kill(self) -> None:
@@ -164,6 +183,8 @@ class LiveGateway:
         assert self._process is not None
         assert self._collector is not None
         code = self._process.wait(STOP_MAX_S)
+        if self._process.stdout is None or self._process.stdout.closed:
+            return code
         self._collector.join(STOP_MAX_S)
         for pipe in (self._process.stdout, self._process.stderr):
             assert pipe is not None

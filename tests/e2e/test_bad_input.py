@@ -36,7 +36,7 @@ HOSTILE: dict[str, tuple[bytes, int, str | None]] = {
     "deep nesting": (b'{"prompt": ' + b"[" * 100_000, 400, None),
     "deep but whole": (b'{"p":' + b"[" * 500 + b"]" * 500 + b"}", 400, "prompt"),
     "10 MB of JSON": (body(prompt="x" * 10_000_000), 413, None),
-    "a lone surrogate": (b'{"prompt": "\\ud800 fox"}', 400, None),
+    "a lone surrogate": (b'{"prompt": "\\ud800 fox"}', 400, "prompt"),
     "32,001 code points": (body(prompt="狐" * 32_001), 400, "prompt"),
     "no prompt": (b"{}", 400, "prompt"),
     "a blank prompt": (body(prompt="   "), 400, "prompt"),

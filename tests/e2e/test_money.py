@@ -119,7 +119,7 @@ def test_a_client_that_hangs_up_is_settled_and_its_picture_is_kept(
     assert Decimal(gateway.balance("impatient")["spent"]) == price_of_one(gateway)
 
 
-def test_an_answer_that_arrived_leaves_nothing_on_the_disk(
+def test_an_answer_that_was_sent_leaves_no_spool_and_is_kept_a_while(
     gateway: LiveGateway,
 ) -> None:
     with gateway.client() as client:
@@ -127,8 +127,7 @@ def test_an_answer_that_arrived_leaves_nothing_on_the_disk(
         task = client.get(f"/v1/tasks/{task_id}").json()
 
     assert task["status"] == "completed"
-    assert task["data"] == []
-    assert list((gateway.data_dir / "results").iterdir()) == []
+    assert len(task["data"]) == 1
     assert list((gateway.data_dir / "spool").iterdir()) == []
 
 
@@ -144,3 +143,72 @@ def test_credits_and_cli_agree_to_the_nano_credit(gateway: LiveGateway) -> None:
     assert f'"used_credits":{balance["spent"]}' in raw
     total = Decimal(balance["available"]) + Decimal(balance["spent"])
     assert total == Decimal("10.000000001")
+
+
+def test_a_client_that_hangs_up_in_its_answer_finds_it_under_its_task(
+    gateway: LiveGateway,
+) -> None:
+    key = gateway.tenant("torn")
+    with (
+        gateway.client(key) as client,
+        client.stream("POST", PATH, json=BODY | {"size": "1:1"}) as answer,
+    ):
+        task_id = answer.headers["x-task-id"]
+        next(answer.iter_raw(100))
+
+    with gateway.client(key) as client:
+        task = client.get(f"/v1/tasks/{task_id}").json()
+        link = task["data"][0]["url"]
+        with ThreadPoolExecutor(8) as pool:
+            opened = list(pool.map(lambda _: httpx.get(link), range(8)))
+
+    assert {each.status_code for each in opened} == {200}
+    assert len({each.content for each in opened}) == 1
+
+
+def test_without_a_place_to_store_nothing_is_bought(gateway: LiveGateway) -> None:
+    key = gateway.tenant("shelfless")
+    results = gateway.data_dir / "results"
+    results.rmdir()
+    results.write_text("in the way")
+
+    with gateway.client(key) as client:
+        answers = [client.post(PATH, json=BODY) for _ in range(3)]
+        ready = client.get("/health/ready")
+
+    assert {answer.status_code for answer in answers} == {503}
+    assert {a.json()["error"]["code"] for a in answers} == {"storage_unavailable"}
+    assert ready.status_code == 503
+    assert gateway.bought("sandbox-thrifty") == 0
+    results.unlink()
+    with gateway.client(key) as client:
+        assert client.post(PATH, json=BODY).status_code == 200
+
+
+def test_folders_that_somebody_removed_are_made_again(gateway: LiveGateway) -> None:
+    (gateway.data_dir / "spool").rmdir()
+    (gateway.data_dir / "results").rmdir()
+
+    with gateway.client() as client:
+        answer = client.post(PATH, json=BODY | {"response_format": "url"})
+
+    assert answer.status_code == 200
+
+
+def test_a_second_signal_ends_it_at_once(gateway: LiveGateway) -> None:
+    gateway.sandbox("sandbox-thrifty", latency_ms=60_000)
+    address = urlsplit(gateway.url)
+    body = b'{"prompt": "a fox"}'
+    with socket.create_connection((address.hostname, address.port)) as waiting:
+        waiting.sendall(
+            f"POST {PATH} HTTP/1.1\r\nHost: x\r\n"
+            f"Authorization: Bearer {gateway.first_key}\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        time.sleep(0.3)
+        gateway.signal()
+        time.sleep(0.3)
+        assert gateway.running
+        gateway.signal()
+        assert gateway.wait() == 0

@@ -160,3 +160,34 @@ def test_the_healthcheck_tells_a_live_gateway_from_none(gateway: LiveGateway) ->
     assert command("healthcheck", "--url", gateway.url).code == 0
     gateway.stop()
     assert command("healthcheck", "--url", gateway.url).code == 1
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    full = LiveGateway(tmp_path / "data", log_file=Path("/dev/full"))
+    with full as gateway, gateway.client() as client:
+        made = client.post("/v1/images/generations", json={"prompt": "a fox"})
+        refused = client.post("/v1/images/generations", json={"prompt": ""})
+        lost = gateway.metric("imageway_log_lines_dropped")
+
+        assert (made.status_code, refused.status_code) == (200, 400)
+        assert lost[""] > 0
+        assert gateway.balance("first")["held"] == "0"
+
+
+def test_an_audit_of_a_folder_without_books_is_refused(tmp_path: Path) -> None:
+    answer = command("audit", "--data-dir", str(tmp_path / "typo"))
+
+    assert answer.code == 1
+    assert "there is no database" in answer.err
+    assert not (tmp_path / "typo").exists()
+
+
+@pytest.mark.parametrize("setting", ["REDIS=redis://h:1", "RESULTS=s3://bucket/x"])
+def test_storage_that_is_not_there_yet_is_refused(tmp_path: Path, setting: str) -> None:
+    name, _, value = setting.partition("=")
+    env = {f"IMAGEWAY__STORAGE__{name}": value}
+
+    for what in (("check",), ("serve", "--port", "0", "--data-dir", str(tmp_path))):
+        answer = command(*what, cwd=None, **env)
+        assert answer.code == 1
+        assert f"storage.{name.lower()}" in answer.err

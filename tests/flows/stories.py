@@ -17,18 +17,18 @@ CENT = 10_000_000
 DEADLINE_MS = 300_000
 
 
-def an_offer(upstream: str, cents: int, n_max: int = 10) -> Offer:
+def an_offer(upstream: str, cents: int, capabilities: Capabilities) -> Offer:
     return Offer(
         upstream=upstream,
         variant="gpt-image-2",
         model=f"model-at-{upstream}",
         cost=PerImage(flat=cents * CENT),
-        capabilities=Capabilities(n_max=n_max),
+        capabilities=capabilities,
     )
 
 
 def a_wish(n: int = 1) -> Wish:
-    return Wish(Operation.GENERATE, (1024, 1024), "low", n, "png")
+    return Wish(Operation.GENERATE, (1024, 1024), "low", n)
 
 
 def a_job(n: int = 1) -> ImageJob:
@@ -59,6 +59,7 @@ class Shop:
     store: MemoryStore = field(default_factory=MemoryStore)
     events: FakeEvents = field(default_factory=FakeEvents)
     clock: LoopClock = field(default_factory=LoopClock)
+    crashes: list[tuple[BaseException, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.board = MemoryBoard(
@@ -68,10 +69,15 @@ class Shop:
             slots=dict.fromkeys(self.upstreams, self.slots),
         )
         self.dispatcher = Dispatcher(
-            self.upstreams, self.board, self.store, self.clock, self.events
+            self.upstreams,
+            self.board,
+            self.store,
+            self.clock,
+            self.events,
+            lambda error, where: self.crashes.append((error, where)),
         )
         self.offers = tuple(
-            an_offer(name, cents, provider.capabilities("").n_max)
+            an_offer(name, cents, provider.capabilities(""))
             for cents, (name, provider) in enumerate(self.upstreams.items(), 1)
         )
 

@@ -27,11 +27,21 @@ from gateway.flows.recovery import HOLD_KEPT_MS, Recovery
 from gateway.flows.results import Results
 from gateway.flows.tasks import TaskView
 from gateway.ports import Key, NewAttempt
-from providers.kit.contract import FailureKind, ProviderError, Usage
+from providers.kit.contract import (
+    Capabilities,
+    Done,
+    FailureKind,
+    ImageJob,
+    Partial,
+    ProviderError,
+    Usage,
+)
 from tests.fakes import (
     FakeChance,
     FakePayload,
     MemoryBlobs,
+    OneBalance,
+    RelabellingStudio,
     ScriptedProvider,
     delivered,
 )
@@ -53,6 +63,7 @@ class Counter:
         self.store = self.shop.store
         self.store.balance = balance
         self.blobs = MemoryBlobs()
+        self.studio = RelabellingStudio()
         self.catalogue = Catalogue(
             {"gpt-image-2": VARIANT}, {"gpt-image-2": self.shop.offers}
         )
@@ -60,7 +71,9 @@ class Counter:
             catalogue=self.catalogue,
             store=self.store,
             dispatcher=self.shop.dispatcher,
-            results=Results(self.blobs),
+            results=Results(self.blobs, self.shop.clock),
+            ledger=OneBalance(self.store),
+            studio=self.studio,
             clock=self.shop.clock,
             chance=FakeChance(),
             events=self.shop.events,
@@ -338,6 +351,114 @@ async def test_a_variant_that_nobody_sells_is_said_to_be_so() -> None:
     assert counter.store.tasks == {}
 
 
+# --- when the store fails in the middle ---
+
+
+async def test_what_was_delivered_before_the_store_failed_is_delivered() -> None:
+    counter = Counter(
+        cheap=ScriptedProvider(delivered(3, USAGE.times(3))),
+        dear=ScriptedProvider(delivered(2, USAGE.times(2))),
+    )
+    counter.store.refuse_to_begin = [False, True]
+
+    view = await counter.order(n=5)
+
+    assert len(view.pictures) == 3
+    assert view.charged_nanocredits == 3 * CHARGE
+    assert counter.store.balance.held == 0
+
+
+async def test_an_attempt_that_could_not_be_ended_is_booked_as_maybe_billed() -> None:
+    counter = Counter(only=failing(FailureKind.TIMEOUT))
+    counter.store.refuse_to_end = [ServiceUnavailableError("busy")]
+
+    with pytest.raises(ServiceUnavailableError) as caught:
+        await counter.order()
+
+    (task,) = counter.store.tasks.values()
+    assert task.attempts[0].state is AttemptState.FAILED
+    assert counter.store.waste_nanousd == CENT
+    assert counter.store.balance == RICH
+    assert caught.value.client_may_retry is False
+
+
+async def test_both_lots_are_settled_in_one_go() -> None:
+    counter = Counter(
+        cheap=ScriptedProvider(delivered(3, USAGE.times(3))),
+        dear=ScriptedProvider(delivered(2, USAGE.times(2))),
+    )
+    counter.store.refuse_to_finish = [ServiceUnavailableError("busy")] * 2
+
+    view = await counter.order(n=5)
+
+    (task,) = counter.store.tasks.values()
+    assert [a.state for a in task.attempts] == [AttemptState.DONE] * 2
+    assert view.charged_nanocredits == 5 * CHARGE
+
+
+async def test_an_adapter_with_a_bug_fails_its_attempt_and_the_next_one_serves() -> (
+    None
+):
+    async def bug(job: ImageJob) -> Done:
+        raise KeyError(job.task_id)
+
+    counter = Counter(
+        cheap=ScriptedProvider(bug), dear=ScriptedProvider(delivered(usage=USAGE))
+    )
+
+    view = await counter.order()
+
+    assert view.charged_nanocredits == CHARGE
+    assert [type(error) for error, _ in counter.shop.crashes] == [KeyError]
+    assert counter.store.waste_nanousd == CENT
+
+
+# --- formats and partial pictures ---
+
+
+async def test_what_comes_in_another_format_is_converted() -> None:
+    counter = Counter(cheap=ScriptedProvider(delivered(usage=USAGE)))
+
+    view = await counter.order(output_format="webp", output_compression=70)
+
+    assert counter.studio.asked == [("webp", 70)]
+    assert view.facts is not None
+    assert view.facts.output_format == "webp"
+    assert view.pictures[0].media_type == "image/webp"
+
+
+async def test_an_offer_without_the_format_is_asked_for_one_that_it_has() -> None:
+    cheap = ScriptedProvider(delivered(usage=USAGE))
+    counter = Counter(cheap=cheap)
+    only_png = replace(
+        counter.shop.offers[0],
+        capabilities=Capabilities(output_formats=frozenset({"png"})),
+    )
+    counter.catalogue.offers["gpt-image-2"] = (only_png,)  # type: ignore[index]
+
+    view = await counter.order(output_format="jpeg", output_compression=70)
+
+    assert cheap.jobs[0].output_format == "png"
+    assert cheap.jobs[0].output_compression is None
+    assert view.pictures[0].media_type == "image/jpeg"
+
+
+async def test_partial_pictures_are_shown_where_the_upstream_has_them() -> None:
+    cheap = ScriptedProvider(delivered(usage=USAGE))
+    cheap.streams = True
+    counter = Counter(cheap=cheap)
+    shown: list[Partial] = []
+    request = counter.request(stream=True, partial_images=2)
+
+    accepted = await counter.generate.accept("task-unified-1-aaaaaaaa", request, KEY)
+    view = await counter.generate.carry_out(
+        accepted, links=False, on_partial=shown.append
+    )
+
+    assert [partial.index for partial in shown] == [0, 1]
+    assert len(view.pictures) == 1
+
+
 # --- recovery ---
 
 
@@ -348,7 +469,9 @@ async def test_what_a_dead_process_left_is_failed_for_free_and_booked() -> None:
         NewAttempt("task-unified-1-aaaaaaaa", 1, "cheap/gpt-image-2", "cheap", CENT, 0)
     )
 
-    closed = await Recovery(counter.store, counter.shop.clock).after_start()
+    closed = await Recovery(
+        counter.store, counter.shop.clock, counter.shop.events
+    ).after_start()
 
     task = counter.store.tasks["task-unified-1-aaaaaaaa"]
     assert closed == 1
@@ -364,14 +487,19 @@ async def test_recovery_closes_more_tasks_than_one_batch_holds() -> None:
         task_id = f"task-unified-1-{i:08}"
         await counter.generate.accept(task_id, counter.request(), KEY)
 
-    assert await Recovery(counter.store, counter.shop.clock).after_start() == 450
+    assert (
+        await Recovery(
+            counter.store, counter.shop.clock, counter.shop.events
+        ).after_start()
+        == 450
+    )
     assert counter.store.balance == RICH
 
 
 async def test_while_serving_only_what_is_long_overdue_is_closed() -> None:
     counter = Counter(cheap=ScriptedProvider(delivered()))
     await counter.generate.accept("task-unified-1-aaaaaaaa", counter.request(), KEY)
-    recovery = Recovery(counter.store, counter.shop.clock)
+    recovery = Recovery(counter.store, counter.shop.clock, counter.shop.events)
 
     await counter.shop.clock.sleep(300 + HOLD_KEPT_MS / 1000)
     assert await recovery.overdue() == 0

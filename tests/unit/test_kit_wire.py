@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from providers.kit.spool import SpoolFolder
 from providers.kit.wire import (
     ERROR_BODY_MAX_BYTES,
     RETRY_AFTER_MAX_S,
+    Body,
     Call,
     Download,
     Wire,
@@ -476,3 +477,118 @@ def test_the_wait_is_read_from_the_headers(
 def test_junk_is_never_a_wait_beyond_the_limit(text: str, date: str) -> None:
     wait_s = retry_after_s({"retry-after": text, "date": date})
     assert wait_s is None or 0 <= wait_s <= RETRY_AFTER_MAX_S
+
+
+# --- bodies that are sent piece by piece ---
+
+
+def a_body(*, pieces: int = 400, fails_at: int | None = None) -> Body:
+    """Make a body of 64 KiB pieces: far more than the sockets take by themselves."""
+    piece = bytes(64 * 1024)
+
+    def chunks() -> Iterator[bytes]:
+        for index in range(pieces):
+            if index == fails_at:
+                raise OSError(5, "a bad disk")
+            yield piece
+
+    return Body("application/x-test", pieces * len(piece), chunks)
+
+
+@asynccontextmanager
+async def reading(
+    count: int, reply: bytes = b"", hold_s: float = 0
+) -> AsyncGenerator[str, None]:
+    """Serve an upstream that reads so many bytes of a body, answers and closes."""
+
+    async def handle(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        try:
+            await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(count)
+            await asyncio.sleep(hold_s)
+            writer.write(reply)
+            await writer.drain()
+            while reply and await reader.read(64 * 1024):
+                pass
+        except (ConnectionError, asyncio.CancelledError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+WHOLE = 400 * 64 * 1024
+OK = b"HTTP/1.1 200 x\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"
+
+
+async def test_a_body_in_pieces_can_be_sent_again() -> None:
+    body = a_body()
+    async with reading(WHOLE, OK) as url, wire() as one:
+        for _ in range(2):
+            call = replace(a_call(url), json=None, body=body)
+            assert await body_of(one, call) == b"ok"
+
+
+@pytest.mark.parametrize(
+    ("count", "kind", "billed"),
+    [
+        (0, FailureKind.NETWORK, Billed.NO),
+        (1_000_000, FailureKind.NETWORK, Billed.NO),
+        (WHOLE, FailureKind.TIMEOUT, Billed.MAYBE),
+    ],
+)
+async def test_a_body_counts_as_sent_with_its_last_byte(
+    count: int, kind: FailureKind, billed: Billed
+) -> None:
+    async with reading(count) as url, wire() as one:
+        call = replace(a_call(url), json=None, body=a_body())
+        error = await failure_of(one, call)
+    assert (error.kind, error.billed) == (kind, billed)
+
+
+async def test_an_upstream_that_stops_taking_the_body_is_left() -> None:
+    one = Wire(4, body_idle_s=0.05)
+    async with reading(1_000_000, hold_s=5) as url:
+        call = replace(a_call(url), json=None, body=a_body())
+        error = await failure_of(one, call)
+        await one.close()
+    assert (error.kind, error.billed) == (FailureKind.NETWORK, Billed.NO)
+
+
+async def test_an_upstream_may_think_long_once_it_has_the_body() -> None:
+    one = Wire(4, body_idle_s=0.02)
+    async with reading(WHOLE, OK, hold_s=0.05) as url:
+        call = replace(a_call(url), json=None, body=a_body())
+        assert await body_of(one, call) == b"ok"
+        await one.close()
+
+
+async def test_an_answer_that_comes_before_the_whole_body_is_heard() -> None:
+    early = OK.replace(b"200", b"413")
+    async with reading(1_000_000, early) as url, wire() as one:
+        call = replace(a_call(url), json=None, body=a_body())
+        async with one.exchange(call) as reply:
+            assert reply.status == 413
+            assert await reply.error_body() == b"ok"
+
+
+async def test_a_deadline_in_mid_upload_was_certainly_not_bought() -> None:
+    async with reading(1_000_000, hold_s=5) as url, wire() as one:
+        call = replace(a_call(url, deadline_s=0.1), json=None, body=a_body())
+        error = await failure_of(one, call)
+    assert (error.kind, error.billed) == (FailureKind.TIMEOUT, Billed.NO)
+
+
+async def test_a_body_that_cannot_be_read_was_certainly_not_bought() -> None:
+    async with reading(WHOLE, OK) as url, wire() as one:
+        call = replace(a_call(url), json=None, body=a_body(fails_at=7))
+        error = await failure_of(one, call)
+    assert (error.kind, error.billed) == (FailureKind.NETWORK, Billed.NO)

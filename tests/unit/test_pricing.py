@@ -49,7 +49,7 @@ def test_the_product_pages_range_comes_out_to_the_last_digit() -> None:
         (ratio, tier, quality, references): hold_nanocredits(
             replace(
                 asked(quality, resolve_size(ratio, tier, GPT_2.token_rule)),
-                image_urls=("https://a.test/1",) * references,
+                references=("https://a.test/1",) * references,
             )
         )
         for ratio in (*RATIOS, "auto")

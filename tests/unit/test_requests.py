@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,13 @@ from hypothesis import strategies as st
 
 from gateway.core.catalogue import Catalogue, Operation
 from gateway.core.errors import GatewayError, InvalidRequestError, NotFoundError
-from gateway.core.requests import KNOWN_FIELDS, ImageRequest, parse_generation
+from gateway.core.requests import (
+    KNOWN_FIELDS,
+    ImageRequest,
+    parse_edit,
+    parse_edit_form,
+    parse_generation,
+)
 from gateway.settings import load_settings
 
 CATALOGUE = Catalogue(
@@ -78,8 +85,8 @@ def test_every_field_arrives() -> None:
         user="u-1",
         safety_identifier="s-1",
         response_format="url",
-        image_urls=("https://a.test/1.png", "data:image/png;base64,AAAA"),
-        mask_url="https://a.test/m.png",
+        references=("https://a.test/1.png", "data:image/png;base64,AAAA"),
+        mask="https://a.test/m.png",
         callback_url="https://a.test/hook",
         stream=True,
         partial_images=2,
@@ -287,7 +294,7 @@ def test_unknown_fields_are_ignored_and_named() -> None:
 def test_a_mask_without_references_has_no_effect_and_is_said_to_have_none() -> None:
     request = parsed(mask_url={"not": "even a URL"})
 
-    assert request.mask_url is None
+    assert request.mask is None
     assert request.ignored == ("mask_url",)
     assert request.operation is Operation.GENERATE
 
@@ -298,8 +305,8 @@ def test_names_of_ignored_fields_fit_into_a_header() -> None:
 
     ignored = parsed(**strange, **many).ignored
 
-    assert len(ignored) == 32
-    assert len(", ".join(ignored)) < 4000
+    assert len(ignored) == 16
+    assert len(", ".join(ignored)) <= 1024 + 2 * 15
     assert all(name.isascii() and name.isprintable() for name in ignored)
 
 
@@ -382,3 +389,109 @@ def test_unknown_fields_never_change_what_is_made(
         plain.n,
         plain.variant,
     )
+
+
+# --- edits ---
+
+
+def edited(**fields: Any) -> ImageRequest:
+    images = [{"image_url": "https://a.test/1.png"}]
+    return parse_edit({"prompt": "a fox", "images": images, **fields}, CATALOGUE)
+
+
+def test_an_edit_names_its_pictures_by_url_data_or_id() -> None:
+    request = edited(
+        images=[
+            {"image_url": "https://a.test/1.png"},
+            {"image_url": "data:image/png;base64,AAAA"},
+            {"file_id": "file_abc"},
+        ],
+        mask={"file_id": "file_m"},
+    )
+
+    assert request.operation is Operation.EDIT
+    assert request.references == (
+        "https://a.test/1.png",
+        "data:image/png;base64,AAAA",
+        "file_abc",
+    )
+    assert request.mask == "file_m"
+    assert request.ignored == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"images": None}, "images"),
+        ({"images": []}, "images"),
+        ({"images": [{"image_url": "https://a.test/1"}] * 17}, "images"),
+        ({"images": ["https://a.test/1"]}, "images[0]"),
+        ({"images": [{}]}, "images[0]"),
+        ({"images": [{"image_url": "https://a.test/1", "x": 1}]}, "images[0]"),
+        ({"images": [{"image_url": "ftp://a"}]}, "images[0].image_url"),
+        ({"images": [{"file_id": "https://a.test/1"}]}, "images[0].file_id"),
+        ({"images": [{"image_url": "file_abc"}]}, "images[0].image_url"),
+        ({"mask": "https://a.test/m"}, "mask"),
+        ({"input_fidelity": "medium"}, "input_fidelity"),
+    ],
+)
+def test_an_edit_that_breaks_a_rule_is_refused(
+    fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        edited(**fields)
+
+    assert caught.value.param == param
+
+
+def test_a_form_says_everything_in_text() -> None:
+    form = {
+        "prompt": "a fox",
+        "n": "2",
+        "stream": "True",
+        "partial_images": "3",
+        "output_format": "jpeg",
+        "output_compression": "40",
+        "quality": "",
+    }
+
+    request = parse_edit_form(form, 2, CATALOGUE, has_mask=True)
+
+    assert request.references == ("upload:0", "upload:1")
+    assert request.mask == "upload:2"
+    assert (request.n, request.stream, request.partial_images) == (2, True, 3)
+    assert request.output_compression == 40
+    assert request.quality == "medium"
+
+
+@pytest.mark.parametrize(
+    ("form", "images", "param"),
+    [
+        ({"prompt": "a fox"}, 0, "image"),
+        ({"prompt": "a fox"}, 17, "image"),
+        ({"prompt": "a fox", "n": "two"}, 1, "n"),
+        ({"prompt": "a fox", "n": "1.0"}, 1, "n"),
+        ({"prompt": "a fox", "stream": "maybe"}, 1, "stream"),
+        ({}, 1, "prompt"),
+    ],
+)
+def test_a_form_that_breaks_a_rule_is_refused(
+    form: dict[str, str], images: int, param: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        parse_edit_form(form, images, CATALOGUE, has_mask=False)
+
+    assert caught.value.param == param
+
+
+def test_nobody_can_name_an_upload_that_is_not_theirs() -> None:
+    with pytest.raises(InvalidRequestError):
+        edited(images=[{"image_url": "upload:0"}])
+
+
+def test_fidelity_is_for_the_models_that_have_it() -> None:
+    assert edited(model="gpt-image-1.5", input_fidelity="high").input_fidelity == "high"
+
+    newer = edited(model="gpt-image-2", input_fidelity="high")
+    assert newer.input_fidelity is None
+    assert newer.ignored == ("input_fidelity",)

@@ -21,7 +21,7 @@ from gateway.core.limits import (
 from gateway.core.routing import Moment, Wish, cannot, decide
 from providers.kit.contract import Capabilities, Operation
 
-WISH = Wish(Operation.GENERATE, (1024, 1024), "low", 1, "png")
+WISH = Wish(Operation.GENERATE, (1024, 1024), "low", 1)
 NOW = Moment(today="2026-11-24", left_ms=300_000)
 
 
@@ -130,7 +130,8 @@ def test_an_offer_lives_until_the_day_before_its_sunset() -> None:
             "cannot make size auto",
         ),
         (Capabilities(qualities=frozenset({"high"})), WISH, "cannot make quality low"),
-        (Capabilities(output_formats=frozenset({"webp"})), WISH, "cannot make a png"),
+        (Capabilities(output_formats=frozenset({"webp"})), WISH, None),
+        (Capabilities(output_formats=frozenset()), WISH, "makes no picture format"),
         (
             Capabilities(backgrounds=frozenset({"opaque"})),
             replace(WISH, background="transparent"),

@@ -196,7 +196,7 @@ def test_an_auto_quality_spans_all_that_the_variant_has(
 
 
 def test_references_count_in_full_until_their_size_is_known() -> None:
-    edit = request(image_urls=("https://a.test/1", "https://a.test/2"))
+    edit = request(references=("https://a.test/1", "https://a.test/2"))
 
     assert bound_usage(edit).image_input == 2 * 1536
     assert least_usage(edit).image_input == 2
@@ -206,7 +206,7 @@ def test_references_count_in_full_until_their_size_is_known() -> None:
 
 
 def test_a_mask_is_held_for_as_well() -> None:
-    edit = request(image_urls=("https://a.test/1",), mask_url="https://a.test/m")
+    edit = request(references=("https://a.test/1",), mask="https://a.test/m")
 
     assert bound_usage(edit).image_input == 2 * 1536
     assert least_usage(edit).image_input == 1
@@ -247,8 +247,8 @@ REQUESTS = st.builds(
     size=st.sampled_from([None, SQUARE, Size(1024, 1536), Size(1536, 1024)]),
     quality=st.sampled_from(["auto", "low", "medium", "high"]),
     n=st.integers(1, 10),
-    image_urls=st.lists(st.just("https://a.test/1"), max_size=16).map(tuple),
-    mask_url=st.sampled_from([None, "https://a.test/m"]),
+    references=st.lists(st.just("https://a.test/1"), max_size=16).map(tuple),
+    mask=st.sampled_from([None, "https://a.test/m"]),
     stream=st.booleans(),
     partial_images=st.integers(0, 3),
 )

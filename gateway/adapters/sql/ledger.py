@@ -293,6 +293,12 @@ CHECKS = (
             AND s.task_id IS NULL""",
     ),
     Check(
+        "a final task has no open attempt",
+        """SELECT t.id || ' #' || a.seq, 0, a.estimate_nanousd FROM attempts a
+        JOIN tasks t ON t.id = a.task_id
+        WHERE t.finished_ms IS NOT NULL AND a.finished_ms IS NULL""",
+    ),
+    Check(
         "a settled task is final",
         """SELECT t.id, 0, s.charged FROM tasks t
         JOIN settlements s ON s.task_id = t.id

@@ -159,6 +159,25 @@ MIGRATIONS = (
         ),
         immutable_tables=("entries", "grants", "holds", "settlements", "cost_book"),
     ),
+    Migration(
+        statements=(
+            """CREATE TABLE files (
+                id TEXT PRIMARY KEY,
+                tenant_id TEXT NOT NULL REFERENCES tenants (id),
+                name TEXT NOT NULL,
+                original_name TEXT NOT NULL,
+                upload_path TEXT NOT NULL,
+                media_type TEXT NOT NULL,
+                size_bytes BIGINT NOT NULL CHECK (size_bytes > 0),
+                width_px BIGINT NOT NULL CHECK (width_px > 0),
+                height_px BIGINT NOT NULL CHECK (height_px > 0),
+                created_ms BIGINT NOT NULL,
+                expires_ms BIGINT NOT NULL CHECK (expires_ms > created_ms)
+            )""",
+            "CREATE INDEX files_by_tenant ON files (tenant_id, expires_ms)",
+            "CREATE INDEX files_by_expiry ON files (expires_ms)",
+        ),
+    ),
 )
 """Step n of the schema stands at n - 1."""
 

@@ -11,10 +11,10 @@ from gateway.core.errors import (
     ConflictError,
     InsufficientCreditsError,
     NotFoundError,
+    insufficient_credits,
 )
 from gateway.core.ledger import Settled, settle, settlement_entries
 from gateway.core.limits import RiskBook
-from gateway.core.money import decimal_text
 from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
 from gateway.ports import (
     AttemptEnd,
@@ -25,7 +25,7 @@ from gateway.ports import (
     TaskEnd,
     TaskRecord,
 )
-from providers.kit.contract import Billed, Usage
+from providers.kit.contract import Billed, FailureKind, Usage
 
 HOLD_GRACE_MS = 900_000
 """How long past its task's deadline a hold may stay open."""
@@ -150,11 +150,7 @@ async def _refusal(
     )
     if row is None:
         return NotFoundError(f"there is no tenant {task.tenant_id!r}")
-    needed, available = decimal_text(task.hold_nanocredits), decimal_text(row[0])
-    return InsufficientCreditsError(
-        f"this request may cost up to {needed} credits, and {available} are available",
-        extra={"estimated_credits": needed, "account_balance_credits": available},
-    )
+    return insufficient_credits(task.hold_nanocredits, row[0])
 
 
 async def _begin_attempt(
@@ -240,7 +236,7 @@ async def _book_cost(
         "cost" if end.won else "waste",
         end.cost_source,
         end.cost_nanousd,
-        int(not end.won and end.billed is Billed.MAYBE),
+        int(end.billed is Billed.MAYBE and end.kind == FailureKind.TIMEOUT.value),
         end.finished_ms,
     )
 
@@ -312,10 +308,36 @@ async def _close_task(tx: Transaction, end: TaskEnd) -> None:
         end.route_json,
     )
     assert closed == 1, end.task_id
-    if end.attempt is not None:
-        await _end_attempt(tx, end.attempt)
+    for attempt in end.attempts:
+        await _end_attempt(tx, attempt)
+    await _end_forgotten(tx, end)
     for result in end.results:
         await _keep_result(tx, end.task_id, result)
+
+
+async def _end_forgotten(tx: Transaction, end: TaskEnd) -> None:
+    # Whoever ran them could not say how they ended: they may have been bought.
+    left = await tx.all(
+        """SELECT seq, estimate_nanousd FROM attempts
+        WHERE task_id = $1 AND finished_ms IS NULL""",
+        end.task_id,
+    )
+    for seq, estimate_nanousd in left:
+        await _end_attempt(
+            tx,
+            AttemptEnd(
+                task_id=end.task_id,
+                seq=seq,
+                state=AttemptState.FAILED,
+                finished_ms=end.finished_ms,
+                won=False,
+                billed=Billed.MAYBE,
+                cost_nanousd=estimate_nanousd,
+                cost_source="estimate",
+                kind=FailureKind.TIMEOUT.value,
+                detail="nobody was left to say how this call ended",
+            ),
+        )
 
 
 async def _keep_result(tx: Transaction, task_id: str, result: StoredResult) -> None:

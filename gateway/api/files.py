@@ -1,0 +1,325 @@
+"""``/api/v1/files/...``: upload pictures and manage them, in EvoLink's shapes."""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import re
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import msgspec
+from litestar import Response, delete, get, post
+from litestar.handlers import HTTPRouteHandler
+from litestar.types import Receive
+
+from gateway.api.forms import Form, FormLimits, boundary_of, read_form
+from gateway.api.http import AnyRequest, consume, note_of, read_json
+from gateway.api.links import Links
+from gateway.core.errors import InvalidRequestError, TooLargeError
+from gateway.core.images import IMAGE_MAX_BYTES, too_large
+from gateway.flows.files import FetchFile, Files, Naming, upload_spool
+from gateway.flows.keys import Authenticate
+from gateway.ports import Spools, StoredFile, WritableSpool
+from providers.kit.spool import SpoolLimitError
+
+BASE64_BODY_MAX_BYTES = 72 * 1024 * 1024
+"""50 MB as base64 in JSON, with room for escaped slashes and line breaks."""
+BODY_MAX_S = 600.0
+DECODED_AT_ONCE = 2
+"""So many base64 bodies are in memory at a time; the others wait on the disk."""
+DECODED_CHARS = 64 * 1024
+DATA_URL_HEAD_MAX_CHARS = 256
+URL_MAX_CHARS = 2_048
+PAGE_SIZE = 20
+PAGE_SIZE_MAX = 100
+PAGE_MAX = 1_000_000
+FORM_LIMITS = FormLimits(files=1, file_max_bytes=IMAGE_MAX_BYTES)
+
+NAMES = ("file_name", "upload_path")
+_NOT_PLAIN = re.compile(rb"[\\ ]")
+
+Fields = dict[str, msgspec.Raw]
+
+
+@dataclass(frozen=True, slots=True)
+class FileApi:
+    """What the routes share."""
+
+    authenticate: Authenticate
+    files: Files
+    fetch: FetchFile
+    spools: Spools
+    links: Links
+    gate: asyncio.Semaphore = field(
+        default_factory=lambda: asyncio.Semaphore(DECODED_AT_ONCE)
+    )
+
+    async def tenant_of(self, request: AnyRequest) -> str:
+        """Tell whose key the request carries."""
+        key = await self.authenticate(request.headers.get("authorization"))
+        note = note_of(request.scope)
+        note.tenant_id, note.key_id = key.tenant_id, key.id
+        return key.tenant_id
+
+    async def uploader_of(self, request: AnyRequest) -> str:
+        """Tell whose key it is, if there is room for a file more."""
+        tenant_id = await self.tenant_of(request)
+        await self.files.check_room(tenant_id)
+        return tenant_id
+
+    def uploaded(self, request: AnyRequest, file: StoredFile) -> Response[bytes]:
+        """Answer an upload."""
+        links = self.links.to_files(request.scope)(file)
+        return _answer(
+            "File uploaded successfully",
+            {
+                "file_id": file.id,
+                "file_name": file.name,
+                "original_name": file.original_name,
+                "file_size": file.size_bytes,
+                "mime_type": file.media_type,
+                "upload_path": file.upload_path,
+                "file_url": links.file_url,
+                "download_url": links.download_url,
+                "upload_time": _moment(file.created_ms),
+                "expires_at": _moment(file.expires_ms),
+            },
+        )
+
+
+def file_routes(api: FileApi) -> list[HTTPRouteHandler]:
+    """Route the file API."""
+    return [*_upload_routes(api), *_keeping_routes(api)]
+
+
+def _upload_routes(api: FileApi) -> list[HTTPRouteHandler]:
+    @post("/api/v1/files/upload/base64", status_code=200)
+    async def upload_base64(request: AnyRequest) -> Response[bytes]:
+        """Keep a picture that comes as base64, or as a data URL, in JSON."""
+        tenant_id = await api.uploader_of(request)
+        with closing(upload_spool(api.spools)) as spool:
+            naming = await _read_base64(api, request.receive, spool)
+            file = await api.files.keep(tenant_id, spool, naming, param="base64_data")
+        return api.uploaded(request, file)
+
+    @post("/api/v1/files/upload/stream", status_code=200)
+    async def upload_stream(request: AnyRequest) -> Response[bytes]:
+        """Keep a picture that comes as the ``file`` of a multipart form."""
+        tenant_id = await api.uploader_of(request)
+        with closing(await _read_upload_form(api, request)) as form:
+            part = next((part for part in form.files if part.name == "file"), None)
+            if part is None:
+                raise InvalidRequestError(
+                    "The form has no file in the field 'file'.", param="file"
+                )
+            texts = form.texts
+            naming = Naming(
+                original_name=part.filename,
+                file_name=texts.get("file_name") or texts.get("fileName"),
+                upload_path=texts.get("upload_path") or texts.get("uploadPath"),
+            )
+            file = await api.files.keep(tenant_id, part.spool, naming, param="file")
+        return api.uploaded(request, file)
+
+    @post("/api/v1/files/upload/url", status_code=200)
+    async def upload_url(request: AnyRequest) -> Response[bytes]:
+        """Keep a picture that is fetched from a public URL."""
+        tenant_id = await api.uploader_of(request)
+        body = await read_json(request.receive)
+        if not isinstance(body, dict):
+            raise InvalidRequestError(
+                "The body must be a JSON object.", code="invalid_body"
+            )
+        url = _text(body, "file_url")
+        if not url or len(url) > URL_MAX_CHARS:
+            raise InvalidRequestError(
+                f"file_url must be a URL of at most {URL_MAX_CHARS:,} characters.",
+                param="file_url",
+            )
+        file = await api.fetch(tenant_id, url, _naming(body))
+        return api.uploaded(request, file)
+
+    return [upload_base64, upload_stream, upload_url]
+
+
+def _keeping_routes(api: FileApi) -> list[HTTPRouteHandler]:
+    @get("/api/v1/files/list")
+    async def list_files(request: AnyRequest) -> Response[bytes]:
+        """List the tenant's files, newest first."""
+        tenant_id = await api.tenant_of(request)
+        page = _whole_number(request, "page", default=1, at_most=PAGE_MAX)
+        page_size = _whole_number(
+            request, "pageSize", default=PAGE_SIZE, at_most=PAGE_SIZE_MAX
+        )
+        total, files = await api.files.listed(tenant_id, page=page, page_size=page_size)
+        listed = [
+            {
+                "file_id": file.id,
+                "file_name": file.name,
+                "file_size": file.size_bytes,
+                "upload_time": _moment(file.created_ms),
+            }
+            for file in files
+        ]
+        return _answer("Success", {"total": total, "files": listed})
+
+    @get("/api/v1/files/quota")
+    async def show_quota(request: AnyRequest) -> Response[bytes]:
+        """Tell how many files the tenant has, and may have."""
+        quota = await api.files.quota(await api.tenant_of(request))
+        data = {
+            "user_group": "default",
+            "used_files": quota.used,
+            "max_files": quota.files_max,
+            "remain_files": max(quota.files_max - quota.used, 0),
+            "is_custom": False,
+            "quota_reason": "default",
+        }
+        return _answer("Success", data)
+
+    @delete("/api/v1/files/{file_id:str}", status_code=200)
+    async def delete_file(request: AnyRequest, file_id: str) -> Response[bytes]:
+        """Delete a file."""
+        await api.files.delete(await api.tenant_of(request), file_id)
+        return _answer("File deleted successfully")
+
+    return [list_files, show_quota, delete_file]
+
+
+async def _read_upload_form(api: FileApi, request: AnyRequest) -> Form:
+    boundary = boundary_of(request.headers.get("content-type"))
+    if boundary is None:
+        raise InvalidRequestError(
+            "Send the file as multipart/form-data, in the field 'file'.",
+            code="invalid_content_type",
+        )
+    return await read_form(request.receive, boundary, api.spools, FORM_LIMITS)
+
+
+async def _read_base64(api: FileApi, receive: Receive, into: WritableSpool) -> Naming:
+    body = api.spools.open("raw", limit_bytes=BASE64_BODY_MAX_BYTES)
+    try:
+        await _receive(receive, body)
+        async with api.gate:
+            return await asyncio.to_thread(_decode_body, body, into)
+    finally:
+        body.close()
+
+
+async def _receive(receive: Receive, body: WritableSpool) -> None:
+    def take(chunk: bytes) -> None:
+        try:
+            body.append(chunk)
+        except SpoolLimitError as error:
+            raise TooLargeError(
+                f"The body may have at most {BASE64_BODY_MAX_BYTES:,} bytes, the "
+                f"picture in it {IMAGE_MAX_BYTES:,}."
+            ) from error
+
+    await consume(receive, take, max_s=BODY_MAX_S)
+
+
+def _decode_body(body: WritableSpool, into: WritableSpool) -> Naming:
+    """Find the fields of a JSON body, and decode the picture into a spool."""
+    content = bytearray(body.size_bytes)
+    at = 0
+    for chunk in body.chunks():
+        content[at : at + len(chunk)] = chunk
+        at += len(chunk)
+    try:
+        # Raw values are views: the picture is not copied before it is decoded.
+        fields = msgspec.json.decode(content, type=Fields)
+        texts = {
+            name: msgspec.json.decode(fields[name]) for name in NAMES if name in fields
+        }
+        text = _text_in(fields.get("base64_data", msgspec.Raw()))
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise InvalidRequestError(
+            f"The body must be a JSON object; it could not be read: {error}.",
+            code="invalid_json",
+        ) from error
+    naming = _naming(texts)
+    _decode_picture(_base64_in(text), into)
+    return naming
+
+
+def _text_in(value: msgspec.Raw) -> memoryview:
+    """Take the content of a JSON string; empty if it is not one."""
+    text = memoryview(value)
+    if bytes(text[:1]) != b'"':
+        return memoryview(b"")
+    if not _NOT_PLAIN.search(text):
+        return text[1:-1]
+    # Escaped slashes, line breaks: some encoders write them.
+    plain = str(msgspec.json.decode(value)).encode("ascii", "replace")
+    return memoryview(plain.translate(None, b" \r\n\t"))
+
+
+def _base64_in(text: memoryview) -> memoryview:
+    """Take off the head of a data URL, if there is one."""
+    head = bytes(text[:DATA_URL_HEAD_MAX_CHARS])
+    if head[:5].lower() != b"data:":
+        return text
+    comma = head.find(b",")
+    if not head[: max(comma, 0)].lower().endswith(b";base64"):
+        raise _no_base64()
+    return text[comma + 1 :]
+
+
+def _decode_picture(text: memoryview, into: WritableSpool) -> None:
+    if not text:
+        raise _no_base64()
+    try:
+        for at in range(0, len(text), DECODED_CHARS):
+            piece = bytes(text[at : at + DECODED_CHARS])
+            piece += b"=" * (-len(piece) % 4)
+            into.append(binascii.a2b_base64(piece, strict_mode=True))
+    except binascii.Error as error:
+        raise _no_base64() from error
+    except SpoolLimitError as error:
+        raise too_large("base64_data") from error
+
+
+def _no_base64() -> InvalidRequestError:
+    return InvalidRequestError(
+        "base64_data must be the picture as base64 text, or as a data URL such as "
+        "data:image/png;base64,iVBORw0….",
+        param="base64_data",
+    )
+
+
+def _naming(fields: Mapping[str, object]) -> Naming:
+    return Naming(
+        file_name=_text(fields, "file_name"), upload_path=_text(fields, "upload_path")
+    )
+
+
+def _text(fields: Mapping[str, object], name: str) -> str | None:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, str):
+        raise InvalidRequestError(f"{name} must be a text.", param=name)
+    return value
+
+
+def _whole_number(request: AnyRequest, name: str, *, default: int, at_most: int) -> int:
+    text = request.query_params.get(name, str(default))
+    short = text.isascii() and text.isdigit() and len(text) <= len(str(at_most))
+    if not short or not 1 <= int(text) <= at_most:
+        raise InvalidRequestError(
+            f"{name} must be a whole number from 1 to {at_most:,}.", param=name
+        )
+    return int(text)
+
+
+def _answer(msg: str, data: dict[str, object] | None = None) -> Response[bytes]:
+    body: dict[str, object] = {"success": True, "code": 200, "msg": msg}
+    if data is not None:
+        body["data"] = data
+    return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+def _moment(at_ms: int) -> str:
+    return f"{datetime.fromtimestamp(at_ms // 1000, UTC):%Y-%m-%dT%H:%M:%SZ}"

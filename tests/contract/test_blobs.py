@@ -1,0 +1,170 @@
+"""What every store of pictures must do."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gateway.adapters.blobs import DiskBlobs
+from gateway.core.errors import ServiceUnavailableError
+from gateway.ports import BlobStore
+from providers.kit.contract import MadeImage
+from providers.kit.spool import SpoolFolder
+from tests.fakes import FakePayload
+
+BACKENDS: dict[str, Callable[[Path], BlobStore]] = {
+    "disk": lambda folder: DiskBlobs(folder / "blobs"),
+}
+CONTENT = bytes(range(256)) * 1_000
+FLAT, NESTED = "file_1", "task-1/0"
+
+
+@pytest.fixture(params=BACKENDS)
+def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
+    return BACKENDS[request.param](tmp_path)
+
+
+async def read(blobs: BlobStore, blob: str) -> bytes | None:
+    opened = await blobs.open(blob)
+    if opened is None:
+        return None
+    try:
+        assert opened.size_bytes == len(opened.read(0, opened.size_bytes + 1))
+        return opened.read(0, opened.size_bytes)
+    finally:
+        opened.close()
+
+
+@pytest.mark.parametrize("blob", [FLAT, NESTED])
+async def test_a_file_is_read_as_it_was_kept(blobs: BlobStore, blob: str) -> None:
+    assert await blobs.keep_file(blob, FakePayload(CONTENT)) == len(CONTENT)
+
+    assert await blobs.exists(blob)
+    assert await read(blobs, blob) == CONTENT
+
+
+async def test_a_spool_stays_its_owners_after_it_was_kept(
+    blobs: BlobStore, tmp_path: Path
+) -> None:
+    spool = SpoolFolder(tmp_path).open("raw")
+    spool.append(CONTENT * 2)
+
+    await blobs.keep_file(FLAT, spool)
+
+    assert b"".join(spool.chunks()) == CONTENT * 2
+    spool.close()
+    assert await read(blobs, FLAT) == CONTENT * 2
+    assert not list(tmp_path.glob("spool-*"))
+
+
+@pytest.mark.parametrize("as_it_came", [False, True])
+async def test_base64_is_read_as_the_file_that_it_stands_for(
+    blobs: BlobStore, *, as_it_came: bool
+) -> None:
+    text = FakePayload(base64.b64encode(CONTENT), "base64")
+    image = MadeImage(text, "image/png", 1, 1)
+
+    kept_bytes = await blobs.keep(NESTED, image, as_it_came=as_it_came)
+
+    assert kept_bytes == len(CONTENT)
+    assert await read(blobs, NESTED) == CONTENT
+
+
+async def test_parts_are_read_from_anywhere_and_end_with_the_file(
+    blobs: BlobStore,
+) -> None:
+    await blobs.keep_file(FLAT, FakePayload(CONTENT))
+    opened = await blobs.open(FLAT)
+    assert opened is not None
+
+    assert opened.read(1_000, 5) == CONTENT[1_000:1_005]
+    assert opened.read(3, 2) == CONTENT[3:5]
+    assert opened.read(len(CONTENT) - 2, 100) == CONTENT[-2:]
+    assert opened.read(len(CONTENT), 100) == b""
+    opened.close()
+
+
+async def test_a_deleted_blob_is_gone_and_its_neighbours_are_not(
+    blobs: BlobStore,
+) -> None:
+    for blob in (FLAT, "file_2", NESTED, "task-1/1"):
+        await blobs.keep_file(blob, FakePayload(CONTENT))
+
+    for blob in (FLAT, NESTED):
+        await blobs.delete(blob)
+        await blobs.delete(blob)
+        assert not await blobs.exists(blob)
+        assert await blobs.open(blob) is None
+
+    assert await read(blobs, "file_2") == CONTENT
+    assert await read(blobs, "task-1/1") == CONTENT
+
+
+async def test_the_store_itself_outlives_its_last_blob(tmp_path: Path) -> None:
+    blobs = DiskBlobs(tmp_path / "blobs")
+    for blob in (FLAT, NESTED):
+        await blobs.keep_file(blob, FakePayload(CONTENT))
+        await blobs.delete(blob)
+
+        assert list(tmp_path.iterdir()) == [tmp_path / "blobs"]
+        assert list((tmp_path / "blobs").iterdir()) == []
+
+
+async def test_what_is_open_can_be_read_though_it_is_deleted(blobs: BlobStore) -> None:
+    await blobs.keep_file(FLAT, FakePayload(CONTENT))
+    opened = await blobs.open(FLAT)
+    assert opened is not None
+
+    await blobs.delete(FLAT)
+
+    assert opened.read(0, 10) == CONTENT[:10]
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["..", "../secret", "a/../../b", "/etc/passwd", "a//b", "", "a\x00b", "a.b"]
+)
+async def test_names_that_walk_open_nothing(blobs: BlobStore, name: str) -> None:
+    assert await blobs.open(name) is None
+
+
+async def test_only_what_is_old_expires(blobs: BlobStore, tmp_path: Path) -> None:
+    for blob in ("old", "task-old/0", "new", "task-new/0"):
+        await blobs.keep_file(blob, FakePayload(CONTENT))
+    for old in (tmp_path / "blobs").glob("*old*"):
+        os.utime(old, (1_000, 1_000))
+
+    assert await blobs.expire(1_000_000) == 0
+    assert await blobs.expire(1_000_001) == 2
+
+    there = {
+        b: await blobs.exists(b) for b in ("old", "task-old/0", "new", "task-new/0")
+    }
+    assert there == {"old": False, "task-old/0": False, "new": True, "task-new/0": True}
+
+
+async def test_a_store_that_is_not_there_yet_is_empty(blobs: BlobStore) -> None:
+    assert await blobs.expire(1) == 0
+    assert not await blobs.exists(FLAT)
+    await blobs.delete(FLAT)
+
+
+class _Unreadable(FakePayload):
+    def chunks(self) -> Iterator[bytes]:
+        yield b"a part"
+        raise OSError(28, "No space left on device")
+
+
+async def test_a_disk_that_refuses_leaves_nothing_half(tmp_path: Path) -> None:
+    blobs = DiskBlobs(tmp_path / "blobs")
+
+    with pytest.raises(ServiceUnavailableError) as refused:
+        await blobs.keep_file(FLAT, _Unreadable(CONTENT))
+
+    assert refused.value.code == "storage_unavailable"
+    assert not await blobs.exists(FLAT)
+    assert not list((tmp_path / "blobs").iterdir())

@@ -1,0 +1,87 @@
+"""What the log takes out, and what it survives."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from gateway.adapters.events import FanOut
+from gateway.adapters.logs import LogListener, scrubbed
+from gateway.core.events import AttemptFinished, Event, HoldRefused
+
+ATTEMPT = AttemptFinished(
+    task_id="task-unified-1-abcdefgh",
+    seq=1,
+    offer_id="a/b",
+    upstream="a",
+    variant="b",
+    outcome="bad_gateway",
+    billed="no",
+    duration_ms=5,
+    cost_nanousd=0,
+    detail="refused: Bearer sk-abcdefghijkl",
+)
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "iwk_live_ABCDEFGHIJKLMNOPQRSTUVWXYZabcd123456",
+        "sk-proj-abcdefghijklmnop",
+        "Bearer whatever-it-is",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl",
+        "data:image/png;base64," + "A" * 100,
+        "http://h/files/results/a/0.png?expires=1&signature=abc-DEF_123",
+    ],
+)
+def test_what_looks_like_a_secret_is_taken_out(secret: str) -> None:
+    shown = scrubbed(f"before {secret} after")
+
+    assert "[secret]" in shown
+    assert secret not in shown
+    assert secret[-12:] not in shown
+
+
+def test_long_texts_are_cut() -> None:
+    assert len(scrubbed("x" * 10_000)) == 501
+
+
+def test_a_line_is_json_and_begins_with_when_and_what() -> None:
+    out = io.StringIO()
+
+    LogListener(out).on_event(ATTEMPT)
+
+    line = json.loads(out.getvalue())
+    assert list(line)[:3] == ["at", "level", "event"]
+    assert line["event"] == "attempt"
+    assert line["detail"] == "refused: [secret]"
+
+
+class FullDisk(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_sink_that_fails_costs_lines_and_nothing_else() -> None:
+    log = LogListener(FullDisk())
+
+    log.on_event(ATTEMPT)
+    log.on_crash(KeyError("x"), "here")
+
+    assert log.dropped_lines == 2
+
+
+def test_a_listener_that_fails_does_not_keep_the_others_from_hearing() -> None:
+    heard: list[Event] = []
+    crashes: list[str] = []
+
+    def broken(event: Event) -> None:
+        raise RuntimeError(event)
+
+    events = FanOut((broken, heard.append), lambda _, where: crashes.append(where))
+    events.emit(HoldRefused("gpt-image-2"))
+
+    assert heard == [HoldRefused("gpt-image-2")]
+    assert crashes == ["telling of HoldRefused"]
