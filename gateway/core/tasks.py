@@ -9,6 +9,8 @@ from enum import Enum
 TASK_ID_PREFIX = "task-unified-"
 TASK_ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 TASK_ID_CHARS = 8
+HOLD_KEPT_MS = 900_000
+"""How long after its deadline a task may still be settled by its own process."""
 
 
 class TaskState(Enum):

@@ -194,6 +194,8 @@ class Generate:
             raise
         if not purchase.lots:
             refusal = _client_error(purchase)
+            if isinstance(refusal, ServiceUnavailableError):
+                refusal.extra = self._other_variant(accepted.request)
             await self.give_up(accepted, refusal, purchase)
             raise refusal
         for extra in purchase.images[accepted.request.n :]:
@@ -206,6 +208,15 @@ class Generate:
             for image in purchase.images:
                 image.payload.close()
             raise
+
+    def _other_variant(self, request: ImageRequest) -> dict[str, object]:
+        # What else could be asked for, by the words of the task contract.
+        others = [
+            name
+            for name, offers in self.catalogue.offers.items()
+            if offers and name != request.variant.name
+        ]
+        return {"fallback_suggestion": others[0]} if others else {}
 
     async def give_up(
         self,

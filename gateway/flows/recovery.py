@@ -7,13 +7,11 @@ from dataclasses import dataclass
 
 from gateway.core.errors import ServiceUnavailableError
 from gateway.core.events import TaskFinished
-from gateway.core.tasks import TaskState
+from gateway.core.tasks import HOLD_KEPT_MS, TaskState
 from gateway.flows.generate import task_error
 from gateway.ports import Clock, Events, TaskEnd, TaskRecord, TaskStore
 
 BATCH_TASKS = 200
-HOLD_KEPT_MS = 900_000
-"""How long after its deadline a task may still be settled by its own process."""
 
 
 @dataclass(frozen=True, slots=True)

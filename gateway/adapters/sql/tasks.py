@@ -15,7 +15,12 @@ from gateway.core.errors import (
 )
 from gateway.core.ledger import Settled, settle, settlement_entries
 from gateway.core.limits import RiskBook
-from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
+from gateway.core.tasks import (
+    HOLD_KEPT_MS,
+    AttemptState,
+    DeliveryMode,
+    TaskState,
+)
 from gateway.ports import (
     AttemptEnd,
     AttemptRecord,
@@ -26,9 +31,6 @@ from gateway.ports import (
     TaskRecord,
 )
 from providers.kit.contract import Billed, FailureKind, Usage
-
-HOLD_GRACE_MS = 900_000
-"""How long past its task's deadline a hold may stay open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ async def _open(tx: Transaction, task: NewTask) -> None:
         task.tenant_id,
         task.hold_nanocredits,
         task.created_ms,
-        task.deadline_ms + HOLD_GRACE_MS,
+        task.deadline_ms + HOLD_KEPT_MS,
     )
 
 
