@@ -57,6 +57,7 @@ from gateway.core.errors import (
     NotFoundError,
     storage_full,
 )
+from gateway.core.idempotency import KEY_KEPT_MS
 from gateway.core.pricing import offer_cost_nanousd
 from gateway.core.requests import parse_generation
 from gateway.core.routing import Moment, decide
@@ -67,6 +68,7 @@ from gateway.flows.generate import SYNC_DEADLINE_MS, Generate, wish_of
 from gateway.flows.inputs import LoadInputs
 from gateway.flows.keys import Authenticate
 from gateway.flows.recovery import Recovery
+from gateway.flows.replay import Replay
 from gateway.flows.results import RESULT_KEPT_MS, Results
 from gateway.flows.tasks import ReadTask
 from gateway.ports import Fetcher, TaskRecord, Tunable
@@ -182,6 +184,7 @@ def build_gateway(
     links = Links(books.secret, settings.server.public_url)
     renderer = Renderer(settings.nanocredits_per_usd)
     gate = AdminGate(settings.server.admin_key)
+    read_task = ReadTask(books.tasks, blobs, clock)
     images = Images(
         catalogue=catalogue,
         authenticate=authenticate,
@@ -192,9 +195,9 @@ def build_gateway(
         links=links,
         renderer=renderer,
         spools=spools,
+        replay=Replay(books.tasks, read_task, blobs, clock),
         storage_trouble=books.data_dir.trouble,
     )
-    read_task = ReadTask(books.tasks, blobs, clock)
     files = Files(books.files, uploads, clock, chance)
     file_api = FileApi(
         authenticate, files, FetchFile(files, fetcher, spools), spools, links
@@ -207,6 +210,9 @@ def build_gateway(
 
     async def expired() -> None:
         await blobs.expire(clock.now_ms() - RESULT_KEPT_MS - RESULT_GRACE_MS)
+
+    async def keys_forgotten() -> None:
+        await books.tasks.forget_keys(clock.now_ms() - KEY_KEPT_MS)
 
     inner = _litestar(
         [
@@ -233,6 +239,7 @@ def build_gateway(
             log.on_crash,
             {
                 "overdue tasks": (SWEEP_EVERY_S, recovery.overdue),
+                "old idempotency keys": (EXPIRE_EVERY_S, keys_forgotten),
                 "sent results": (SWEEP_EVERY_S, results.forget_sent),
                 "expired results": (EXPIRE_EVERY_S, expired),
                 "expired uploads": (EXPIRE_EVERY_S, files.expire),

@@ -39,7 +39,10 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class NewTask:
-    """A task to be opened together with its hold. ``request_json`` has no prompt."""
+    """A task to be opened together with its hold. ``request_json`` has no prompt.
+
+    ``fingerprint`` is what equal requests share; ``idempotency_key`` is the client's.
+    """
 
     id: str
     tenant_id: str
@@ -51,6 +54,23 @@ class NewTask:
     hold_nanocredits: int
     created_ms: int
     deadline_ms: int
+    fingerprint: str = ""
+    idempotency_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """How to look for a task that a request repeats: by key, or by fingerprint.
+
+    Without an ``idempotency_key``, the last task of the same API key with the same
+    fingerprint since ``since_ms`` is looked for.
+    """
+
+    tenant_id: str
+    key_id: str
+    fingerprint: str
+    idempotency_key: str | None
+    since_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +131,8 @@ class TaskEnd:
 
     ``attempts`` are the ends of those not ended yet; one that is not among them and
     still open is booked as maybe billed. ``route_json`` None leaves the decision that
-    was kept with the first attempt.
+    was kept with the first attempt. ``forget_key`` frees the idempotency key: the
+    client may try again.
     """
 
     task_id: str
@@ -125,6 +146,7 @@ class TaskEnd:
     route_json: str | None = None
     attempts: tuple[AttemptEnd, ...] = ()
     results: tuple[StoredResult, ...] = ()
+    forget_key: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,12 +259,28 @@ class Events(Protocol):
 class TaskStore(Protocol):
     """Tasks, holds, attempts and settlements: each call is one transaction."""
 
-    async def open(self, task: NewTask) -> None:
+    async def open(self, task: NewTask) -> str | None:
         """Write the task and its hold, or neither.
+
+        None when it was opened; the id of the earlier task when its idempotency key
+        stands for one: then nothing was written.
 
         Raises:
             InsufficientCreditsError: the tenant has less available than the hold.
+            IdempotencyConflictError: the key stands for another request.
         """
+        ...
+
+    async def earlier(self, wanted: Earlier) -> str | None:
+        """Find the task that a request repeats, if there is one.
+
+        Raises:
+            IdempotencyConflictError: the key stands for another request.
+        """
+        ...
+
+    async def forget_keys(self, before_ms: int) -> int:
+        """Forget idempotency keys used before a time; returns how many."""
         ...
 
     async def begin_attempt(

@@ -23,6 +23,7 @@ from gateway.ports import (
     AttemptEnd,
     AttemptRecord,
     AuditReport,
+    Earlier,
     NewAttempt,
     NewTask,
     OpenBlob,
@@ -152,7 +153,7 @@ class MemoryStore:
     refuse_to_end: list[Exception] = field(default_factory=list)
     refuse_to_begin: list[bool] = field(default_factory=list)
 
-    async def open(self, task: NewTask) -> None:
+    async def open(self, task: NewTask) -> str | None:
         after = ledger.hold(self.balance, task.hold_nanocredits)
         if after is None:
             raise InsufficientCreditsError("not enough")
@@ -181,6 +182,13 @@ class MemoryStore:
             attempts=(),
             results=(),
         )
+        return None
+
+    async def earlier(self, wanted: Earlier) -> str | None:
+        raise AssertionError(wanted)
+
+    async def forget_keys(self, before_ms: int) -> int:
+        raise AssertionError(before_ms)
 
     async def begin_attempt(
         self, attempt: NewAttempt, route_json: str | None = None

@@ -44,6 +44,7 @@ class Front:
         note = RequestNote(
             id="req_" + self.chance.token(ID_ALPHABET, ID_CHARS),
             started_ms=self.clock.monotonic_ms(),
+            received_s=self.clock.now_ms() // 1000,
         )
         cast("dict[str, object]", scope)[NOTE] = note
         answer = _Answer(send, note, self.clock)

@@ -35,6 +35,7 @@ class RequestNote:
 
     id: str
     started_ms: int
+    received_s: int = 0
     task_id: str | None = None
     tenant_id: str | None = None
     key_id: str | None = None

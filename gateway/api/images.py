@@ -7,6 +7,7 @@ the spools, and the client is watched while it waits.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from gateway.api.links import Links
 from gateway.api.render import InlineAnswer, Renderer
 from gateway.core.catalogue import Catalogue
 from gateway.core.errors import GatewayError, InvalidRequestError, storage_full
+from gateway.core.idempotency import fingerprint, parse_key
 from gateway.core.images import IMAGE_MAX_BYTES
 from gateway.core.requests import (
     ImageRequest,
@@ -40,9 +42,10 @@ from gateway.core.requests import (
     parse_edit_form,
     parse_generation,
 )
-from gateway.flows.generate import Accepted, Generate, facts_of
+from gateway.flows.generate import Accepted, Generate, Once, Repeated, facts_of
 from gateway.flows.inputs import NO_INPUTS, LoadInputs
 from gateway.flows.keys import Authenticate
+from gateway.flows.replay import Replay
 from gateway.flows.results import Results
 from gateway.flows.tasks import TaskView
 from gateway.ports import Key, Spools
@@ -50,6 +53,8 @@ from providers.kit.contract import Partial, Payload
 
 JSON = {"content-type": "application/json"}
 IGNORED_PARAMS = "x-gateway-ignored-params"
+RETRY_COUNT = "x-stainless-retry-count"
+"""OpenAI's libraries count in it how often they tried again by themselves."""
 FORM_LIMITS = FormLimits(files=17, file_max_bytes=IMAGE_MAX_BYTES)
 IMAGE_FIELDS = ("image", "image[]")
 
@@ -101,6 +106,7 @@ class Images:
     links: Links
     renderer: Renderer
     spools: Spools
+    replay: Replay
     storage_trouble: Callable[[], Awaitable[str | None]]
 
     async def generations(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -162,6 +168,10 @@ class Images:
         _refuse_callback(request)
         if request.ignored:
             note.headers[IGNORED_PARAMS] = ", ".join(request.ignored)
+        once = await _once(scope, asked)
+        repeated = await self.replay.find(once, key)
+        if repeated is not None:
+            return self._joined(note, key, request, repeated)
         self.runner.check_room()
         if await self.storage_trouble() is not None:
             raise storage_full()
@@ -170,21 +180,39 @@ class Images:
             await self.generate.check_credits(request, key)
             inputs = await self.load_inputs(request, key.tenant_id, asked.brought)
         try:
-            accepted = await self.generate.accept(note.task_id, request, key, inputs)
+            accepted = await self.generate.accept(
+                note.task_id, request, key, inputs, once
+            )
         except BaseException:
             inputs.close()
             raise
-        events = None
-        if request.stream:
-            created_s = accepted.task.created_ms // 1000
-            events = EventStream(request.operation, facts_of(request), created_s)
+        if isinstance(accepted, Repeated):
+            inputs.close()
+            return self._joined(note, key, request, accepted.task_id)
+        events = _events(request, accepted.task.created_ms // 1000)
         as_links = request.response_format == "url" and events is None
         task = self.runner.start(
             accepted,
             links=as_links,
             on_partial=events.on_partial if events is not None else None,
         )
-        return Work(task, as_links=as_links, events=events)
+        return Work(
+            task,
+            as_links=as_links,
+            events=events,
+            kept=once.idempotency_key is not None,
+        )
+
+    def _joined(
+        self, note: RequestNote, key: Key, request: ImageRequest, task_id: str
+    ) -> Work:
+        note.task_id = task_id
+        note.headers["idempotency-replayed"] = "true"
+        events = _events(request, note.received_s)
+        as_links = request.response_format == "url" and events is None
+        joined = self.replay.join(task_id, key, links=as_links)
+        task = asyncio.ensure_future(joined)
+        return Work(task, as_links=as_links, events=events, kept=True)
 
     async def _answer(
         self, scope: Scope, receive: Receive, send: Send, work: Work
@@ -208,7 +236,10 @@ class Images:
             if work.as_links:
                 body = self.renderer.task(view, self.links.to(scope))
                 await send_answer(send, 200, JSON, msgspec.json.encode(body))
-            elif await _sent_whole(send, self.renderer.inline(view), watch):
+            elif (
+                await _sent_whole(send, self.renderer.inline(view), watch)
+                and not work.kept
+            ):
                 self.results.sent(view.pictures)
         finally:
             close_pictures(view)
@@ -230,7 +261,7 @@ class Images:
                 work.task.add_done_callback(_close_later)
             elif not work.task.cancelled() and work.task.exception() is None:
                 view = work.task.result()
-                if sent:
+                if sent and not work.kept:
                     self.results.sent(view.pictures)
                 close_pictures(view)
 
@@ -242,6 +273,8 @@ class Work:
     task: asyncio.Task[TaskView]
     as_links: bool
     events: EventStream | None = None
+    kept: bool = False
+    """Its pictures stay, whether or not the answer arrives: for repetitions."""
 
 
 async def _waited(
@@ -289,6 +322,30 @@ def _from_form(form: Form, catalogue: Catalogue) -> Asked:
         )
     request = parse_edit_form(form.texts, len(images), catalogue, has_mask=bool(masks))
     return Asked(request, [*images, *masks])
+
+
+async def _once(scope: Scope, asked: Asked) -> Once:
+    # Contents are hashed in a thread: a request may bring 800 MB.
+    digests = [await asyncio.to_thread(_digest, payload) for payload in asked.brought]
+    retries = header(scope, RETRY_COUNT) or "0"
+    return Once(
+        fingerprint=fingerprint(asked.request, digests),
+        idempotency_key=parse_key(header(scope, "idempotency-key")),
+        is_retry=retries.isascii() and retries.isdigit() and int(retries) > 0,
+    )
+
+
+def _digest(payload: Payload) -> str:
+    digest = hashlib.sha256()
+    for chunk in payload.chunks():
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _events(request: ImageRequest, created_s: int) -> EventStream | None:
+    if not request.stream:
+        return None
+    return EventStream(request.operation, facts_of(request), created_s)
 
 
 def _refuse_async(scope: Scope, key: Key) -> None:

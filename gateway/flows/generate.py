@@ -69,6 +69,8 @@ SYNC_DEADLINE_MS = 300_000
 SETTLE_TRIES_MAX = 30
 SETTLE_PAUSE_S = 1.0
 RETRY_AFTER_MAX_S = 60
+MAY_TRY_AGAIN = frozenset({429, 500, 503})
+"""Failures after which the same idempotency key buys anew: nothing was delivered."""
 RETRY_AFTER_DEFAULT_S = 5
 
 
@@ -80,6 +82,28 @@ class Accepted:
     request: ImageRequest
     deadline_mono_ms: int
     inputs: Inputs = NO_INPUTS
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """An earlier task that the request repeats."""
+
+    task_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Once:
+    """What makes a request one of a kind.
+
+    ``is_retry``: the client's library says that it tries again by itself.
+    """
+
+    fingerprint: str = ""
+    idempotency_key: str | None = None
+    is_retry: bool = False
+
+
+NOT_ONCE = Once()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +144,17 @@ class Generate:
         request: ImageRequest,
         key: Key,
         inputs: Inputs = NO_INPUTS,
-    ) -> Accepted:
+        once: Once = NOT_ONCE,
+    ) -> Accepted | Repeated:
         """Hold the most that the request can cost.
 
-        The inputs stay with the caller if it raises; else ``carry_out`` closes them.
+        ``Repeated`` when its idempotency key stands for an earlier task: then nothing
+        was held. The inputs stay with the caller, unless it is accepted: then
+        ``carry_out`` closes them.
 
         Raises:
             InsufficientCreditsError: it is not there; nothing was held.
+            IdempotencyConflictError: the key stands for another request.
             ServiceUnavailableError: no upstream is configured for the variant, or the
                 store cannot be written.
         """
@@ -149,12 +177,16 @@ class Generate:
             hold_nanocredits=pricing.hold_nanocredits(request),
             created_ms=now_ms,
             deadline_ms=now_ms + SYNC_DEADLINE_MS,
+            fingerprint=once.fingerprint,
+            idempotency_key=once.idempotency_key,
         )
         try:
-            await self.store.open(task)
+            earlier = await self.store.open(task)
         except InsufficientCreditsError:
             self.events.emit(HoldRefused(task.variant))
             raise
+        if earlier is not None:
+            return Repeated(earlier)
         deadline_ms = self.clock.monotonic_ms() + SYNC_DEADLINE_MS
         return Accepted(task, request, deadline_ms, inputs)
 
@@ -234,6 +266,7 @@ class Generate:
             usage_source="none",
             error_json=json.dumps(task_error(error)),
             route_json=_route_json(purchase),
+            forget_key=error.status in MAY_TRY_AGAIN,
             attempts=tuple(
                 replace(lot.end, won=False)
                 for lot in (purchase.lots if purchase else ())
@@ -399,12 +432,21 @@ def wish_of(request: ImageRequest) -> Wish:
 
 
 def task_error(error: GatewayError) -> dict[str, object]:
-    """Say what went wrong with a task in the words of the task contract."""
+    """Say what went wrong with a task in the words of the task contract.
+
+    ``http`` is what the client was answered with, for whoever repeats the request.
+    """
     code = _TASK_CODE_BY_CODE.get(error.code, _TASK_CODE_BY_STATUS.get(error.status))
     return {
         "code": code or "unknown_error",
         "message": str(error),
         "type": "task_error",
+        "http": {
+            "status": error.status,
+            "type": error.type,
+            "code": error.code,
+            "param": error.param,
+        },
     }
 
 
@@ -473,6 +515,8 @@ def _picture(image: MadeImage, stored: StoredResult) -> Picture:
     return Picture(
         index=stored.index,
         media_type=image.media_type,
+        width_px=image.width_px,
+        height_px=image.height_px,
         revised_prompt=image.revised_prompt,
         made=image,
         blob=stored.blob,

@@ -63,6 +63,7 @@ class Recovery:
                 usage=None,
                 usage_source="none",
                 error_json=json.dumps(task_error(error)),
+                forget_key=True,
             )
         )
         self.events.emit(

@@ -22,6 +22,8 @@ class Picture:
 
     index: int
     media_type: str
+    width_px: int = 0
+    height_px: int = 0
     revised_prompt: str | None = None
     made: MadeImage | None = None
     blob: str | None = None
@@ -109,15 +111,24 @@ class ReadTask:
             usage_source=record.usage_source,
             facts=Facts(**answer) if answer else None,
             pictures=tuple(pictures),
-            error=json.loads(record.error_json) if record.error_json else None,
+            error=_task_error(record),
             record=record,
         )
+
+
+def _task_error(record: TaskRecord) -> dict[str, object] | None:
+    if record.error_json is None:
+        return None
+    stored = json.loads(record.error_json)
+    return {name: stored[name] for name in ("code", "message", "type")}
 
 
 def _picture(result: StoredResult) -> Picture:
     return Picture(
         index=result.index,
         media_type=result.media_type,
+        width_px=result.width_px,
+        height_px=result.height_px,
         revised_prompt=result.revised_prompt,
         blob=result.blob,
         expires_ms=result.expires_ms,

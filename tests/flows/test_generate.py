@@ -21,9 +21,9 @@ from gateway.core.events import HoldRefused, TaskFinished
 from gateway.core.ledger import Balance
 from gateway.core.pricing import hold_nanocredits
 from gateway.core.requests import ImageRequest, parse_generation
-from gateway.core.tasks import AttemptState, TaskState
-from gateway.flows.generate import Generate
-from gateway.flows.recovery import HOLD_KEPT_MS, Recovery
+from gateway.core.tasks import HOLD_KEPT_MS, AttemptState, TaskState
+from gateway.flows.generate import Accepted, Generate
+from gateway.flows.recovery import Recovery
 from gateway.flows.results import Results
 from gateway.flows.tasks import TaskView
 from gateway.ports import Key, NewAttempt
@@ -87,6 +87,7 @@ class Counter:
     async def order(self, *, links: bool = False, **fields: object) -> TaskView:
         task_id = self.generate.new_task_id()
         accepted = await self.generate.accept(task_id, self.request(**fields), KEY)
+        assert isinstance(accepted, Accepted)
         return await self.generate.carry_out(accepted, links=links)
 
     @property
@@ -451,6 +452,7 @@ async def test_partial_pictures_are_shown_where_the_upstream_has_them() -> None:
     request = counter.request(stream=True, partial_images=2)
 
     accepted = await counter.generate.accept("task-unified-1-aaaaaaaa", request, KEY)
+    assert isinstance(accepted, Accepted)
     view = await counter.generate.carry_out(
         accepted, links=False, on_partial=shown.append
     )

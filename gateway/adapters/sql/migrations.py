@@ -178,6 +178,23 @@ MIGRATIONS = (
             "CREATE INDEX files_by_expiry ON files (expires_ms)",
         ),
     ),
+    Migration(
+        statements=(
+            "ALTER TABLE tasks ADD COLUMN fingerprint TEXT",
+            """CREATE INDEX tasks_by_fingerprint
+            ON tasks (key_id, fingerprint, created_ms)""",
+            """CREATE TABLE idempotency (
+                tenant_id TEXT NOT NULL REFERENCES tenants (id),
+                client_key TEXT NOT NULL,
+                fingerprint TEXT NOT NULL,
+                task_id TEXT NOT NULL,
+                created_ms BIGINT NOT NULL,
+                PRIMARY KEY (tenant_id, client_key)
+            )""",
+            "CREATE INDEX idempotency_by_task ON idempotency (task_id)",
+            "CREATE INDEX idempotency_by_age ON idempotency (created_ms)",
+        ),
+    ),
 )
 """Step n of the schema stands at n - 1."""
 

@@ -13,6 +13,7 @@ from gateway.core.errors import (
     NotFoundError,
     insufficient_credits,
 )
+from gateway.core.idempotency import KEY_KEPT_MS, conflict
 from gateway.core.ledger import Settled, settle, settlement_entries
 from gateway.core.limits import RiskBook
 from gateway.core.tasks import (
@@ -24,6 +25,7 @@ from gateway.core.tasks import (
 from gateway.ports import (
     AttemptEnd,
     AttemptRecord,
+    Earlier,
     NewAttempt,
     NewTask,
     StoredResult,
@@ -39,7 +41,7 @@ class SqlTaskStore:
 
     database: Database
 
-    async def open(self, task: NewTask) -> None:
+    async def open(self, task: NewTask) -> str | None:
         """See ``TaskStore``.
 
         Raises:
@@ -47,7 +49,19 @@ class SqlTaskStore:
             NotFoundError: there is no such tenant.
             ConflictError: there is a task of that id.
         """
-        await self.database.write(lambda tx: _open(tx, task))
+        return await self.database.write(lambda tx: _open(tx, task))
+
+    async def earlier(self, wanted: Earlier) -> str | None:
+        """See ``TaskStore``."""
+        return await self.database.read(lambda tx: _earlier(tx, wanted))
+
+    async def forget_keys(self, before_ms: int) -> int:
+        """See ``TaskStore``."""
+        return await self.database.write(
+            lambda tx: tx.run(
+                "DELETE FROM idempotency WHERE created_ms < $1", before_ms
+            )
+        )
 
     async def begin_attempt(
         self, attempt: NewAttempt, route_json: str | None = None
@@ -105,7 +119,11 @@ class SqlTaskStore:
         return RiskBook(*row) if row else RiskBook(0, 0, 0)
 
 
-async def _open(tx: Transaction, task: NewTask) -> None:
+async def _open(tx: Transaction, task: NewTask) -> str | None:
+    if task.idempotency_key is not None:
+        earlier = await _claimed_key(tx, task, task.idempotency_key)
+        if earlier is not None:
+            return earlier
     # Condition and change are one statement, so no two can see the same credits.
     held = await tx.run(
         """UPDATE accounts SET held = held + $2
@@ -117,8 +135,8 @@ async def _open(tx: Transaction, task: NewTask) -> None:
         raise await _refusal(tx, task)
     opened = await tx.run(
         """INSERT INTO tasks (id, tenant_id, key_id, variant, operation, mode, state,
-            request_json, created_ms, deadline_ms)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+            request_json, created_ms, deadline_ms, fingerprint)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
         ON CONFLICT DO NOTHING""",
         task.id,
         task.tenant_id,
@@ -130,6 +148,7 @@ async def _open(tx: Transaction, task: NewTask) -> None:
         task.request_json,
         task.created_ms,
         task.deadline_ms,
+        task.fingerprint or None,
     )
     if not opened:
         raise ConflictError(f"there is a task {task.id!r} already")
@@ -142,6 +161,73 @@ async def _open(tx: Transaction, task: NewTask) -> None:
         task.created_ms,
         task.deadline_ms + HOLD_KEPT_MS,
     )
+    return None
+
+
+async def _claimed_key(tx: Transaction, task: NewTask, client_key: str) -> str | None:
+    # Whoever inserts the row first has the key; the others find it.
+    claimed = await tx.run(
+        """INSERT INTO idempotency
+            (tenant_id, client_key, fingerprint, task_id, created_ms)
+        VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING""",
+        task.tenant_id,
+        client_key,
+        task.fingerprint,
+        task.id,
+        task.created_ms,
+    )
+    if claimed:
+        return None
+    taken_over = await tx.run(
+        """UPDATE idempotency SET fingerprint = $3, task_id = $4, created_ms = $5
+        WHERE tenant_id = $1 AND client_key = $2 AND created_ms < $6""",
+        task.tenant_id,
+        client_key,
+        task.fingerprint,
+        task.id,
+        task.created_ms,
+        task.created_ms - KEY_KEPT_MS,
+    )
+    if taken_over:
+        return None
+    return await _by_key(tx, task.tenant_id, client_key, task.fingerprint, since_ms=0)
+
+
+async def _by_key(
+    tx: Transaction, tenant_id: str, client_key: str, fingerprint: str, *, since_ms: int
+) -> str | None:
+    row = await tx.one(
+        """SELECT task_id, fingerprint FROM idempotency
+        WHERE tenant_id = $1 AND client_key = $2 AND created_ms >= $3""",
+        tenant_id,
+        client_key,
+        since_ms,
+    )
+    if row is None:
+        return None
+    if row[1] != fingerprint:
+        raise conflict()
+    return str(row[0])
+
+
+async def _earlier(tx: Transaction, wanted: Earlier) -> str | None:
+    if wanted.idempotency_key is not None:
+        return await _by_key(
+            tx,
+            wanted.tenant_id,
+            wanted.idempotency_key,
+            wanted.fingerprint,
+            since_ms=wanted.since_ms,
+        )
+    row = await tx.one(
+        """SELECT id FROM tasks
+        WHERE key_id = $1 AND fingerprint = $2 AND created_ms >= $3
+        ORDER BY created_ms DESC, id DESC LIMIT 1""",
+        wanted.key_id,
+        wanted.fingerprint,
+        wanted.since_ms,
+    )
+    return str(row[0]) if row else None
 
 
 async def _refusal(
@@ -313,6 +399,9 @@ async def _close_task(tx: Transaction, end: TaskEnd) -> None:
     for attempt in end.attempts:
         await _end_attempt(tx, attempt)
     await _end_forgotten(tx, end)
+    if end.forget_key:
+        await tx.run("DELETE FROM idempotency WHERE task_id = $1", end.task_id)
+        await tx.run("UPDATE tasks SET fingerprint = NULL WHERE id = $1", end.task_id)
     for result in end.results:
         await _keep_result(tx, end.task_id, result)
 

@@ -1,0 +1,142 @@
+"""Answers a request that repeats an earlier one with the earlier one's answer.
+
+A request is a repetition by its ``Idempotency-Key``, or because the client's library
+says that it tries again by itself. What is still under way is waited for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from gateway.core.errors import DeadlineExceededError, GatewayError, NotFoundError
+from gateway.core.idempotency import KEY_KEPT_MS, RETRY_JOINS_MS
+from gateway.core.tasks import TaskState
+from gateway.flows.generate import SYNC_DEADLINE_MS, Once
+from gateway.flows.tasks import Picture, ReadTask, TaskView
+from gateway.ports import BlobStore, Clock, Earlier, Key, OpenBlob, TaskStore
+from providers.kit.contract import MadeImage
+
+LOOK_EVERY_S = 0.25
+CHUNK_BYTES = 48 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Finds what a request repeats, waits for it, and answers with it."""
+
+    store: TaskStore
+    read_task: ReadTask
+    blobs: BlobStore
+    clock: Clock
+
+    async def find(self, once: Once, key: Key) -> str | None:
+        """Find the task that a request repeats; None for one that is new.
+
+        Raises:
+            IdempotencyConflictError: the key stands for another request.
+        """
+        if once.idempotency_key is None and not once.is_retry:
+            return None
+        kept_ms = RETRY_JOINS_MS if once.idempotency_key is None else KEY_KEPT_MS
+        return await self.store.earlier(
+            Earlier(
+                tenant_id=key.tenant_id,
+                key_id=key.id,
+                fingerprint=once.fingerprint,
+                idempotency_key=once.idempotency_key,
+                since_ms=self.clock.now_ms() - kept_ms,
+            )
+        )
+
+    async def join(self, task_id: str, key: Key, *, links: bool) -> TaskView:
+        """Wait for a task, and return it with its pictures at hand.
+
+        ``links`` leaves the pictures in the store, to be linked to.
+
+        Raises:
+            GatewayError: the task failed; the error is the one that it failed with.
+        """
+        until_ms = self.clock.monotonic_ms() + SYNC_DEADLINE_MS
+        view = await self.read_task(task_id, key.tenant_id)
+        while not view.state.final:
+            if self.clock.monotonic_ms() >= until_ms:
+                raise DeadlineExceededError(
+                    "The request that this one repeats is still under way. Read its "
+                    "task by the id in X-Task-Id."
+                )
+            await self.clock.sleep(LOOK_EVERY_S)
+            view = await self.read_task(task_id, key.tenant_id)
+        if view.state is not TaskState.COMPLETED:
+            raise _failure_of(view)
+        if links:
+            return view
+        pictures = [await self._at_hand(picture) for picture in view.pictures]
+        made = tuple(picture for picture in pictures if picture is not None)
+        if not made:
+            raise NotFoundError(
+                "The pictures of the request that this one repeats are not kept any "
+                "more. Send a new request.",
+                code="result_expired",
+            )
+        return replace(view, pictures=made)
+
+    async def _at_hand(self, picture: Picture) -> Picture | None:
+        opened = await self.blobs.open(picture.blob) if picture.blob else None
+        if opened is None:
+            return None
+        made = MadeImage(
+            payload=BlobPayload(opened),
+            media_type=picture.media_type,
+            width_px=picture.width_px,
+            height_px=picture.height_px,
+            revised_prompt=picture.revised_prompt,
+        )
+        return replace(picture, made=made)
+
+
+@dataclass(frozen=True, slots=True)
+class BlobPayload:
+    """A stored picture as a payload."""
+
+    blob: OpenBlob
+
+    @property
+    def encoding(self) -> Literal["raw"]:
+        """Stored pictures are files."""
+        return "raw"
+
+    @property
+    def size_bytes(self) -> int:
+        """Length of the file."""
+        return self.blob.size_bytes
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the file from its start."""
+        for offset in range(0, self.blob.size_bytes, CHUNK_BYTES):
+            yield self.blob.read(offset, CHUNK_BYTES)
+
+    def persist(self, path: str) -> None:
+        """Not for what is stored already."""
+        raise AssertionError(path)
+
+    def close(self) -> None:
+        """Give the file back."""
+        self.blob.close()
+
+
+def _failure_of(view: TaskView) -> GatewayError:
+    assert view.record is not None
+    stored = json.loads(view.record.error_json or "{}")
+    http = stored.get("http") or {}
+    error = GatewayError(
+        stored.get("message", "The request that this one repeats failed."),
+        param=http.get("param"),
+        code=http.get("code", "internal_error"),
+        client_may_retry=False,
+    )
+    error.status = http.get("status", 500)
+    error.type = http.get("type", "api_error")
+    return error
