@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 HOST ?= 127.0.0.1
 PORT ?= 8080
 DATA_DIR ?= data
+CLIENTS := tests/clients
 SOURCES := gateway providers tests bench
 
 .PHONY: help setup setup-dev serve test check format bench simulators lock clean
@@ -21,7 +22,7 @@ setup-dev: $(VENV)/.dev ## Make .venv with what the tests need too
 serve: setup ## Run the gateway (HOST, PORT, DATA_DIR)
 	@exec $(BIN)/imageway serve --host $(HOST) --port $(PORT) --data-dir $(DATA_DIR)
 
-test: setup-dev ## Run every test
+test: setup-dev $(CLIENTS)/node_modules/.done ## Run every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
 
 check: setup-dev ## Format, lint, types, import contracts, configuration
@@ -45,8 +46,8 @@ lock: ## Pin all dependencies anew (needs uv)
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url pyproject.toml -o requirements/run.txt
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url pyproject.toml --group dev -o requirements/dev.txt
 
-clean: ## Forget .venv (data stays)
-	rm -rf $(VENV)
+clean: ## Forget .venv and node_modules (data stays)
+	rm -rf $(VENV) $(CLIENTS)/node_modules
 
 # A bare Debian-like machine may lack the venv module, or Python itself.
 $(VENV)/bin/python:
@@ -68,3 +69,14 @@ $(VENV)/.run: requirements/run.txt pyproject.toml | $(VENV)/bin/python
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.run
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	@touch $@
+
+# The official JavaScript clients. Without Node their tests are skipped, but not in CI.
+$(CLIENTS)/node_modules/.done: $(CLIENTS)/package-lock.json $(CLIENTS)/package.json
+	@if ! command -v npm >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -q && apt-get install -qy --no-install-recommends nodejs npm; \
+	fi
+	@if command -v npm >/dev/null; then \
+	  npm ci --silent --prefix $(CLIENTS) && touch $@; \
+	else \
+	  echo "The JavaScript clients are not tested: that needs Node 20 or newer with npm (Debian: apt-get install nodejs npm)" >&2; \
+	fi

@@ -157,7 +157,8 @@ class Sandbox:
         Who has seen something of a job that fails may have bought it.
         """
         if not self.settings.knobs.stream:
-            raise _failed(FailureKind.UNSUPPORTED)
+            yield await self._work(job, None)  # switched off while it runs
+            return
         seen = 0
 
         async def work(emit: Emit) -> None:

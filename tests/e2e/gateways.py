@@ -109,6 +109,12 @@ class LiveGateway:
         return self._ended()
 
     @property
+    def pid(self) -> int:
+        """The process's id."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def running(self) -> bool:
         """Whether the process is there."""
         assert self._process is not None

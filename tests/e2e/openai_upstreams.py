@@ -23,11 +23,19 @@ kind = "openai"
 base_url = "{base_url}"
 credential = "env:SIMULATED_KEY"
 failure_domain = "{name}"
+options = {{ {options} }}
 
 [[upstream.offer]]
 variant = "gpt-image-2"
 model = "gpt-image-2"
-cost = {{ per = "1M tokens", text_input = {dollars}, image_input = {dollars}, image_output = {dollars} }}
+
+[upstream.offer.cost]
+per = "1M tokens"
+text_input = {dollars}
+text_cached = {dollars}
+image_input = {dollars}
+image_cached = {dollars}
+image_output = {dollars}
 """
 
 
@@ -37,6 +45,8 @@ class SimulatedUpstream:
 
     name: str
     base_url: str
+    options: str = ""
+    """In TOML: how the gateway is told that it differs."""
 
     def script(self, *faults: dict[str, Any]) -> None:
         """Let the next calls go wrong; each fault has the fields of a ``Fault``."""
@@ -78,7 +88,9 @@ def gateway_before(
     config = folder / "gateway.toml"
     config.write_text(
         "".join(
-            OFFER.format(name=u.name, base_url=u.base_url, dollars=place)
+            OFFER.format(
+                name=u.name, base_url=u.base_url, options=u.options, dollars=place
+            )
             for place, u in enumerate(upstreams, start=1)
         )
     )
