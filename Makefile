@@ -38,6 +38,9 @@ format: setup-dev ## Format the sources
 
 bench: setup-dev ## Measure speed and memory; prints figures
 	$(BIN)/python -m bench.ledger
+	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.fetching
+	$(BIN)/python -m bench.speed
 
 simulators: setup-dev ## Run a simulated OpenAI on loopback, to rehearse with
 	$(BIN)/python -m tests.simulators.openai_server

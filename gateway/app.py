@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from types import FrameType
 
 import msgspec
 import uvicorn
+import uvloop
 from litestar import Litestar, Response
 from litestar.exceptions import HTTPException
 from litestar.types import ASGIApp, ControllerRouterHandler
@@ -28,6 +30,7 @@ from gateway.adapters.events import FanOut
 from gateway.adapters.fetcher import GuardedFetcher, SystemResolver
 from gateway.adapters.hot_memory import MemoryBoard
 from gateway.adapters.logs import LogListener
+from gateway.adapters.memory import trimmer
 from gateway.adapters.metrics import Metrics
 from gateway.api.admin import AdminGate, admin_routes
 from gateway.api.credits import credit_routes
@@ -84,6 +87,7 @@ BACKLOG = 2048
 SWEEP_EVERY_S = 60.0
 EXPIRE_EVERY_S = 900.0
 AUDIT_EVERY_S = 3600.0
+TRIM_EVERY_S = 2.0
 CONNECTIONS_SPARE = 1.1
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 RESULT_GRACE_MS = 1_800_000
@@ -214,6 +218,11 @@ def build_gateway(
     async def keys_forgotten() -> None:
         await books.tasks.forget_keys(clock.now_ms() - KEY_KEPT_MS)
 
+    trim = trimmer()
+
+    async def trimmed() -> None:
+        await asyncio.to_thread(trim)  # takes milliseconds after a burst
+
     inner = _litestar(
         [
             *image_routes(images),
@@ -244,6 +253,7 @@ def build_gateway(
                 "expired results": (EXPIRE_EVERY_S, expired),
                 "expired uploads": (EXPIRE_EVERY_S, files.expire),
                 "audit": (AUDIT_EVERY_S, audited),
+                "free memory": (TRIM_EVERY_S, trimmed),
             },
         ),
         recovery=recovery,
@@ -310,6 +320,14 @@ async def started(
     log.note("stopped")
 
 
+def event_loop() -> asyncio.AbstractEventLoop:
+    """Make the loop that a gateway runs on.
+
+    uvicorn picks a loop only where it makes one itself, and here it is handed one.
+    """
+    return uvloop.new_event_loop()
+
+
 async def serve(
     gateway: Gateway, listening: socket.socket, ready: Callable[[], None]
 ) -> None:
@@ -322,7 +340,6 @@ async def serve(
         lifespan="off",
         log_config=None,
         access_log=False,
-        loop="uvloop",
         http="httptools",
         ws="none",
         server_header=False,
@@ -330,6 +347,8 @@ async def serve(
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(DRAIN_MAX_S),
     )
+    # What it would log of requests is logged already, one canonical line each.
+    logging.getLogger("uvicorn.error").disabled = True
     loops = asyncio.create_task(gateway.loops.run())
     server = _Server(config, ready)
     try:

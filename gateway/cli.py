@@ -68,8 +68,10 @@ def serve(
     """Run the gateway until SIGTERM or Ctrl-C."""
     more = {"server.host": host, "server.port": None if port is None else str(port)}
     settings = _settings(config, data_dir, more)
-    with _one_line_errors():
-        asyncio.run(_serve(settings))
+    from gateway import app
+
+    with _one_line_errors(), asyncio.Runner(loop_factory=app.event_loop) as runner:
+        runner.run(_serve(settings))
 
 
 async def _serve(settings: Settings) -> None:

@@ -34,6 +34,7 @@ from providers.kit.contract import (
     Partial,
     Pending,
     ProviderError,
+    Usage,
 )
 from providers.kit.payloads import raw_chunks
 from providers.kit.spool import SpoolFolder
@@ -42,6 +43,8 @@ from providers.kit.wire import Tools
 
 AUTO_SIZE_PX = (1024, 1024)
 EDGE_MAX_PX = 4096
+TOKENS_PER_LOOK = 100
+"""What OpenAI charges for each partial picture that it sends."""
 PROMPT_MAX_CHARS = 240
 PAINTERS_MAX = 2
 RETRY_AFTER_S = 5.0
@@ -193,10 +196,10 @@ class Sandbox:
                 scene = await self._look(job)
                 if kind is not FailureKind.BAD_GATEWAY:
                     self.settings.buy(0 if kind is FailureKind.NO_OUTPUT else job.n)
-                await self._take_time(scene, knobs, emit)
+                looks = await self._take_time(scene, knobs, emit)
                 if kind is not None:
                     raise _failed(kind)
-                return await self._deliver(scene, knobs)
+                return await self._deliver(scene, knobs, looks)
         except TimeoutError as error:
             raise ProviderError(FailureKind.TIMEOUT, "the deadline passed") from error
 
@@ -206,7 +209,8 @@ class Sandbox:
         async with self._painters:
             return await asyncio.to_thread(look, job, self.name, str(self.spools.path))
 
-    async def _take_time(self, scene: Scene, knobs: _Knobs, emit: Emit | None) -> None:
+    async def _take_time(self, scene: Scene, knobs: _Knobs, emit: Emit | None) -> int:
+        # Tells how many looks were shown on the way.
         looks = scene.job.partial_images if emit is not None else 0
         pause_s = knobs.latency_ms / 1000 / (looks + 1)
         for index in range(looks):
@@ -215,6 +219,7 @@ class Sandbox:
             if emit is not None:
                 emit(Partial(index, self._spooled(scene.job, [file])[0]))
         await asyncio.sleep(pause_s)
+        return looks
 
     async def _painted(self, scene: Scene, number: int, *, blur: int = 1) -> bytes:
         async with self._painters:
@@ -225,7 +230,7 @@ class Sandbox:
             return None
         return FailureKind(knobs.failure_kind)
 
-    async def _deliver(self, scene: Scene, knobs: _Knobs) -> Done:
+    async def _deliver(self, scene: Scene, knobs: _Knobs, looks: int) -> Done:
         job = scene.job
         count = job.n - knobs.images_short
         if count <= 0:
@@ -233,7 +238,7 @@ class Sandbox:
         files = [await self._painted(scene, number + 1) for number in range(count)]
         return Done(
             images=self._spooled(job, files),
-            usage=job.expected.times(count) if knobs.usage == "reported" else None,
+            usage=_usage(job, count, looks) if knobs.usage == "reported" else None,
             upstream_request_id=f"sandbox-{job.task_id}",
             quality=job.quality if job.quality != "auto" else None,
             background="transparent" if _is_transparent(job) else "opaque",
@@ -469,6 +474,11 @@ def _paintable(job: ImageJob) -> bool:
 
 def _is_transparent(job: ImageJob) -> bool:
     return job.background == "transparent" and job.output_format != "jpeg"
+
+
+def _usage(job: ImageJob, count: int, looks: int) -> Usage:
+    of_looks = Usage(image_output=TOKENS_PER_LOOK * looks)
+    return job.expected.times(count).plus(of_looks)
 
 
 def _failed(kind: FailureKind) -> ProviderError:

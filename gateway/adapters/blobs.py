@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import BinaryIO
 
 from gateway.core.errors import storage_full
 from providers.kit.contract import MadeImage, Payload
-from providers.kit.payloads import raw_chunks
+from providers.kit.payloads import raw_chunks, raw_length
 
 RAW, AS_IT_CAME = ".raw", ".b64"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}(/[A-Za-z0-9_-]{1,64}){0,3}")
@@ -67,7 +68,7 @@ class DiskBlobs:
             path.parent.mkdir(parents=True, exist_ok=True)
             suffix = RAW if payload.encoding == "raw" else AS_IT_CAME
             payload.persist(f"{path}{suffix}")
-            return _decoded_bytes(payload)
+            return raw_length(payload)
 
     async def keep_file(self, blob: str, content: Payload) -> int:
         """Store a file; it is on the disk for good when this returns.
@@ -87,7 +88,9 @@ class DiskBlobs:
         raw = Path(f"{self._path(blob)}{RAW}")
         try:
             if not raw.exists():
-                await asyncio.to_thread(_decode_file, raw.with_suffix(AS_IT_CAME), raw)
+                await asyncio.to_thread(
+                    _decode_file, Path(f"{self._path(blob)}{AS_IT_CAME}"), raw
+                )
             file = raw.open("rb")
         except FileNotFoundError:
             return None
@@ -146,22 +149,23 @@ def _write(path: Path, payload: Payload) -> int:
 
 
 def _decode_file(source: Path, target: Path) -> None:
-    partial = target.with_suffix(".part")
-    with source.open("rb") as encoded, partial.open("wb") as file:
-        while text := encoded.read(64 * 1024):
-            file.write(base64.b64decode(text + b"=" * (-len(text) % 4)))
-    partial.rename(target)
+    # Each reader decodes into a file of its own; whoever is first puts it in place, and
+    # whoever finds the source gone finds the target there.
+    try:
+        encoded = source.open("rb")
+    except FileNotFoundError:
+        return
+    handle, name = tempfile.mkstemp(prefix=f"{target.name}-", dir=target.parent)
+    partial = Path(name)
+    try:
+        with encoded, os.fdopen(handle, "wb") as file:
+            while text := encoded.read(64 * 1024):
+                file.write(base64.b64decode(text + b"=" * (-len(text) % 4)))
+        partial.rename(target)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a full disk needs the room
+        raise
     source.unlink(missing_ok=True)
-
-
-def _decoded_bytes(payload: Payload) -> int:
-    if payload.encoding == "raw":
-        return payload.size_bytes
-    tail = b""
-    for chunk in payload.chunks():
-        tail = chunk
-    padding = len(tail) - len(tail.rstrip(b"="))
-    return (payload.size_bytes - padding) * 3 // 4
 
 
 def _sync_folder(folder: Path) -> None:

@@ -29,7 +29,13 @@ class SystemChance:
 
     def token(self, alphabet: str, length: int) -> str:
         """Draw unguessable characters."""
-        return "".join(secrets.choice(alphabet) for _ in range(length))
+        # One draw for all of it: each costs a call into the system.
+        drawn = secrets.randbelow(len(alphabet) ** length)
+        characters = []
+        for _ in range(length):
+            drawn, place = divmod(drawn, len(alphabet))
+            characters.append(alphabet[place])
+        return "".join(characters)
 
     def fraction(self) -> float:
         """Draw evenly from 0 (inclusive) to 1 (exclusive)."""

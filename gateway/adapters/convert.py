@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
+import struct
+import zlib
 from dataclasses import dataclass, field, replace
 
 from PIL import Image
@@ -16,6 +18,21 @@ AREA_MAX_PX = 64_000_000
 """What is decoded at most: 256 MB of pixels."""
 AT_ONCE = 2
 DEFAULT_QUALITY = 95
+UNDECODABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow raises over files that are broken in one way or another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +55,26 @@ class PillowStudio:
         if encoded is None:
             return None
         spool = self.spools.open("raw", limit_bytes=len(encoded))
-        spool.append(encoded)
+        try:
+            spool.append(encoded)
+        except OSError:
+            spool.close()
+            return None
         return replace(image, payload=spool, media_type=f"image/{output_format}")
 
 
 def _encode(
     image: MadeImage, output_format: str, compression: int | None
 ) -> bytes | None:
-    raw = b"".join(raw_chunks(image.payload))
     try:
+        raw = b"".join(raw_chunks(image.payload))
         with Image.open(io.BytesIO(raw)) as decoded:
             flat = decoded.convert("RGB") if output_format == "jpeg" else decoded
             out = io.BytesIO()
             flat.save(
                 out, output_format.upper(), **_options(output_format, compression)
             )
-    except (OSError, ValueError, Image.DecompressionBombError):
+    except UNDECODABLE:
         return None
     return out.getvalue()
 

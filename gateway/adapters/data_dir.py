@@ -123,6 +123,8 @@ class DataDir:
         try:
             free_bytes = shutil.disk_usage(self.root).free
             for folder in (self.results, self.spool, self.uploads):
+                if os.access(folder, os.W_OK | os.X_OK):
+                    continue
                 folder.mkdir(exist_ok=True)
                 if not os.access(folder, os.W_OK | os.X_OK):
                     return f"{folder} cannot be written"

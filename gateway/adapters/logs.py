@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, MutableMapping
-from dataclasses import asdict
 from typing import Any, TextIO, cast
 
 import msgspec
@@ -53,7 +52,8 @@ class LogListener:
 
     def on_event(self, event: Event) -> None:
         """Write one event."""
-        fields = {k: v for k, v in asdict(event).items() if v is not None}
+        told = ((name, getattr(event, name)) for name in event.__slots__)
+        fields = {name: value for name, value in told if value is not None}
         self._log.info(_NAMES[type(event)], **fields)
 
     def on_crash(self, error: BaseException, where: str) -> None:

@@ -50,6 +50,7 @@ class EventStream:
     created_s: int
     _waiting: deque[Partial] = field(default_factory=deque)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _closed: bool = False
 
     @property
     def prefix(self) -> str:
@@ -58,6 +59,9 @@ class EventStream:
 
     def on_partial(self, partial: Partial) -> None:
         """Take a partial picture from the flow."""
+        if self._closed:
+            partial.image.payload.close()
+            return
         self._waiting.append(partial)
         if len(self._waiting) > PARTIALS_WAITING_MAX:
             self._waiting.popleft().image.payload.close()
@@ -75,7 +79,8 @@ class EventStream:
         return taken
 
     def close(self) -> None:
-        """Let go of what nobody will read."""
+        """Let go of what nobody will read, now and later."""
+        self._closed = True
         for partial in self.take():
             partial.image.payload.close()
 
@@ -122,13 +127,20 @@ async def _send_partials(
         if watch.done():
             return False
         partials = events.take()
-        for partial in partials:
-            await _send_partial(out, events, partial)
+        await _send_all(out, events, partials)
         if not partials and not task.done():
             await out.send(KEEP_ALIVE)
-    for partial in events.take():
-        await _send_partial(out, events, partial)
+    await _send_all(out, events, events.take())
     return True
+
+
+async def _send_all(out: _Out, events: EventStream, partials: list[Partial]) -> None:
+    try:
+        for partial in partials:
+            await _send_partial(out, events, partial)
+    finally:
+        for partial in partials:
+            partial.image.payload.close()
 
 
 async def _wait(

@@ -84,6 +84,9 @@ class _Reader:
         if segment.filename is None:
             self.part = _Part(segment.name, text=bytearray())
             return
+        if not segment.filename:  # a file field of a browser's form, left empty
+            self.part = _Part(segment.name)
+            return
         if len(self.form.files) >= self.limits.files:
             raise InvalidRequestError(
                 f"A request may bring at most {self.limits.files} files.",
@@ -128,7 +131,7 @@ class _Reader:
 def boundary_of(content_type: str | None) -> str | None:
     """Tell the boundary if a content type is that of a form, else None."""
     kind, options = parse_options_header(content_type or "")
-    return options.get("boundary") if kind == "multipart/form-data" else None
+    return options.get("boundary", "") if kind == "multipart/form-data" else None
 
 
 async def read_form(
@@ -141,9 +144,10 @@ async def read_form(
         TooLargeError: a file or the text is over its limit.
     """
     reader = _Reader(spools, limits)
-    parser = PushMultipartParser(
-        boundary, max_segment_count=PARTS_MAX, max_segment_size=inf
-    )
+    with _understood():
+        parser = PushMultipartParser(
+            boundary, max_segment_count=PARTS_MAX, max_segment_size=inf
+        )
 
     def take(chunk: bytes) -> None:
         if not chunk:

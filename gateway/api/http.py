@@ -23,6 +23,8 @@ DRAIN_MAX_BYTES = 64 * 1024 * 1024
 """How much of a refused body is read and thrown away, so that the refusal arrives."""
 DRAIN_MAX_S = 10.0
 BODY_MAX_S = 60.0
+STALLED_MAX_S = 60.0
+"""A reader that takes nothing for so long is given up."""
 NOTE = "imageway"
 
 AnyRequest: TypeAlias = Request[Any, Any, Any]
@@ -206,7 +208,19 @@ async def send_start(send: Send, status: int, headers: dict[str, str]) -> None:
     await send(cast("Message", message))
 
 
+class StalledError(Exception):
+    """The client has not read anything for too long: its connection is given up."""
+
+
 async def send_chunk(send: Send, body: bytes, *, last: bool) -> None:
-    """Send a part of the body; waits while the client reads slowly."""
+    """Send a part of the body; waits while the client reads slowly.
+
+    Raises:
+        StalledError: it has read nothing for ``STALLED_MAX_S``.
+    """
     message = {"type": "http.response.body", "body": body, "more_body": not last}
-    await send(cast("Message", message))
+    try:
+        async with asyncio.timeout(STALLED_MAX_S):
+            await send(cast("Message", message))
+    except TimeoutError:
+        raise StalledError from None

@@ -22,6 +22,7 @@ from gateway.api.events import EventStream, send_events
 from gateway.api.forms import Form, FormLimits, boundary_of, read_form
 from gateway.api.http import (
     RequestNote,
+    StalledError,
     disconnected,
     header,
     note_of,
@@ -123,6 +124,9 @@ class Images:
     async def edits(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request of the edit route: a form, or JSON."""
         key = await self._key(scope)
+        if await self.storage_trouble() is not None:
+            raise storage_full()  # before 800 MB are taken in
+        await self.generate.check_any_credits(key)
         async with self._edit(scope, receive) as asked:
             work = await self._start(scope, key, asked)
         await self._answer(scope, receive, send, work)
@@ -224,6 +228,8 @@ class Images:
                 await self._answer_events(note, send, work, work.events, watch)
             elif await _waited(note, work.task, watch):
                 await self._answer_whole(scope, send, work, watch)
+        except StalledError:
+            note.client_gone = True  # half an answer is out: the server hangs up
         finally:
             note.client_gone = note.client_gone or watch.done()
             watch.cancel()

@@ -83,12 +83,16 @@ def reported_usage(
 ) -> Usage:
     """Return what an upstream without a tokenizer reports for one picture.
 
-    The bound, but for references of known size, which count by their patches: the
-    sandbox charges by it, so that a request without references costs what was held.
+    The bound, but for references of known size, which count by their patches, and
+    without partial pictures, which count as they are sent. The sandbox charges by it.
     """
     bound = bound_usage(request, references)
     known = expected_usage(request, references)
-    return replace(bound, image_input=known.image_input)
+    return replace(
+        bound,
+        image_input=known.image_input,
+        image_output=bound.image_output - _partial_tokens(request),
+    )
 
 
 def least_usage(request: ImageRequest, references: References | None = None) -> Usage:
@@ -114,6 +118,7 @@ def estimated_usage(
     *,
     quality: str | None = None,
     references: References | None = None,
+    partials: int = 0,
 ) -> Usage:
     """Return the usage to settle by when the upstream reports none.
 
@@ -125,12 +130,14 @@ def estimated_usage(
         made: the sizes of the pictures, as delivered.
         quality: what the upstream says it used, if it says so.
         references: as in ``bound_usage``.
+        partials: how many partial pictures were sent.
     """
     each = expected_usage(request, references)
+    most = each.image_output - _partial_tokens(request)
     used = quality if quality in request.variant.tile_bases else None
     outputs = [
         min(
-            each.image_output,
+            most,
             max(
                 output_tokens(request.variant, size, q)
                 for q in ((used,) if used else _qualities(request))
@@ -141,7 +148,7 @@ def estimated_usage(
     return Usage(
         text_input=each.text_input * len(outputs),
         image_input=each.image_input * len(outputs),
-        image_output=sum(outputs),
+        image_output=sum(outputs) + PARTIAL_IMAGE_TOKENS * partials,
     )
 
 
@@ -210,8 +217,12 @@ def _most(request: ImageRequest) -> int:
         for size in _sizes(request, auto)
         for quality in _qualities(request)
     )
+    return dearest + _partial_tokens(request)
+
+
+def _partial_tokens(request: ImageRequest) -> int:
     partials = request.partial_images if request.stream else 0
-    return dearest + PARTIAL_IMAGE_TOKENS * partials
+    return PARTIAL_IMAGE_TOKENS * partials
 
 
 def _smallest_sizes(variant: Variant) -> Iterable[Size]:

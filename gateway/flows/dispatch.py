@@ -82,6 +82,8 @@ class Lot:
     done: Done
     end: AttemptEnd
     asked: int
+    partials: int = 0
+    """Partial pictures that were shown on the way."""
 
     @property
     def short(self) -> bool:
@@ -340,7 +342,7 @@ class Dispatcher:
             return Failure(call.offer, error, progress.accepted)
         end = call.won(done, self.clock.now_ms())
         self._tell(call, end)
-        return Lot(call.offer, done, end, asked=call.job.n)
+        return Lot(call.offer, done, end, call.job.n, progress.partials)
 
     async def _deliver(self, call: _Call, progress: _Progress) -> Done:
         # The deadline is kept here, outside any HTTP client: a server that drips
@@ -354,7 +356,7 @@ class Dispatcher:
             async with asyncio.timeout(limit_s):
                 on_partial = call.order.on_partial
                 if on_partial is not None and call.offer.capabilities.stream:
-                    return await _streamed(provider, job, on_partial)
+                    return await _streamed(provider, job, on_partial, progress)
                 step = await provider.start(job)
                 if isinstance(step, Pending):
                     await self.store.accept_attempt(job.task_id, call.seq, step.job_id)
@@ -414,6 +416,7 @@ class Dispatcher:
 @dataclass(slots=True)
 class _Progress:
     accepted: bool = False
+    partials: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -468,12 +471,16 @@ class _Call:
 
 
 async def _streamed(
-    provider: Provider, job: ImageJob, on_partial: Callable[[Partial], None]
+    provider: Provider,
+    job: ImageJob,
+    on_partial: Callable[[Partial], None],
+    progress: _Progress,
 ) -> Done:
     async with aclosing(provider.stream(job)) as steps:
         async for step in steps:
             if isinstance(step, Done):
                 return step
+            progress.partials += 1
             on_partial(step)
     raise ProviderError(FailureKind.TIMEOUT, "the stream ended without a picture")
 

@@ -126,6 +126,16 @@ class Generate:
         suffix = self.chance.token(tasks.TASK_ID_ALPHABET, tasks.TASK_ID_CHARS)
         return tasks.task_id_for(self.clock.now_ms() // 1000, suffix)
 
+    async def check_any_credits(self, key: Key) -> None:
+        """Turn away who has nothing at all, before a large body is read.
+
+        Raises:
+            InsufficientCreditsError: nothing is available.
+        """
+        balance = await self.ledger.balance(key.tenant_id) or Balance()
+        if balance.available <= 0:
+            raise insufficient_credits(1, balance.available)
+
     async def check_credits(self, request: ImageRequest, key: Key) -> None:
         """Turn away who cannot pay before anything is fetched for the request.
 
@@ -230,8 +240,7 @@ class Generate:
                 refusal.extra = self._other_variant(accepted.request)
             await self.give_up(accepted, refusal, purchase)
             raise refusal
-        for extra in purchase.images[accepted.request.n :]:
-            extra.payload.close()
+        _let_extras_go(accepted.request.n, purchase)
         try:
             await self._convert(accepted.request, purchase)
             kept = await self._kept(accepted, purchase, links=links)
@@ -524,6 +533,19 @@ def _picture(image: MadeImage, stored: StoredResult) -> Picture:
     )
 
 
+def _let_extras_go(n: int, purchase: Purchase) -> None:
+    # An upstream may give more than it was asked for.
+    left = n
+    for place, lot in enumerate(purchase.lots):
+        wanted, extras = lot.done.images[:left], lot.done.images[left:]
+        left -= len(wanted)
+        for extra in extras:
+            extra.payload.close()
+        if extras and wanted:
+            done = replace(lot.done, images=wanted)
+            purchase.lots[place] = replace(lot, done=done)
+
+
 def _usage_of(accepted: Accepted, purchase: Purchase) -> tuple[Usage, str]:
     total, source = Usage(), "reported"
     request = accepted.request
@@ -534,7 +556,11 @@ def _usage_of(accepted: Accepted, purchase: Purchase) -> tuple[Usage, str]:
             source = "estimated"
             sizes = [Size(i.width_px, i.height_px) for i in lot.done.images]
             usage = estimated_usage(
-                request, sizes, quality=lot.done.quality, references=references
+                request,
+                sizes,
+                quality=lot.done.quality,
+                references=references,
+                partials=lot.partials,
             )
         total = total.plus(usage)
     return total, source

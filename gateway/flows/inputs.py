@@ -177,6 +177,7 @@ class LoadInputs:
         try:
             for offset in range(0, opened.size_bytes, COPY_BYTES):
                 spool.append(opened.read(offset, COPY_BYTES))
+                await asyncio.sleep(0)  # others get their turn
         finally:
             opened.close()
 

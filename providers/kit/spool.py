@@ -46,7 +46,11 @@ class SpoolFolder:
     def from_bytes(self, content: bytes, encoding: Encoding = "raw") -> Spool:
         """Spool what is in memory already, whatever its size."""
         spool = self.open(encoding, limit_bytes=len(content))
-        spool.append(content)
+        try:
+            spool.append(content)
+        except OSError:
+            spool.close()  # a full disk needs the room
+            raise
         return spool
 
 

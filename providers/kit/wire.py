@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import httpx
 import msgspec
-from httpx_aiohttp import AiohttpTransport
+from httpx_aiohttp.transport import AiohttpResponseStream, AiohttpTransport
 
 from providers.kit.contract import Billed, FailureKind, ProviderError
 from providers.kit.spool import Spool, SpoolFolder, SpoolLimitError
@@ -37,6 +37,7 @@ CONNECT_TIMEOUT_S = 5.0
 CONNECTION_WAIT_S = 10.0
 """From asking for a connection, free slot included, to having it."""
 BODY_IDLE_S = 30.0
+BODY_PIECE_BYTES = 64 * 1024
 KEEPALIVE_S = 4.0
 """Short: a kept connection that died makes the next POST's outcome unknown."""
 ERROR_BODY_MAX_BYTES = 64 * 1024
@@ -480,7 +481,17 @@ def _transport(connections_max: int) -> AiohttpTransport:
             trust_env=False,
         )
 
-    return AiohttpTransport(verify=tls, trust_env=False, client=session)
+    return _Transport(verify=tls, trust_env=False, client=session)
+
+
+class _Transport(AiohttpTransport):
+    """Reads bodies in larger pieces: each takes a walk through all layers of httpx."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        response = await super().handle_async_request(request)
+        if isinstance(response.stream, AiohttpResponseStream):
+            response.stream.CHUNK_SIZE = BODY_PIECE_BYTES
+        return response
 
 
 def _number(text: str | None) -> float | None:

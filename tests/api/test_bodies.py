@@ -135,9 +135,10 @@ async def test_more_data_urls_than_pictures_may_be_sent_are_refused(
     spools: SpoolFolder,
 ) -> None:
     many = [f"data:image/png;base64,{PICTURE}"] * (lifting.LIFTED_MAX + 1)
+    body = json.dumps({"image_urls": many}).encode()
 
     with pytest.raises(InvalidRequestError):
-        await read_lifted(arriving([json.dumps(many).encode()]), spools)
+        await read_lifted(arriving([body]), spools)
 
     assert list(spools.path.iterdir()) == []
 
@@ -149,6 +150,71 @@ async def test_a_body_just_over_its_limit_is_refused_at_once(over: int) -> None:
     async with asyncio.timeout(1):
         with pytest.raises(TooLargeError):
             await read_body(arriving([body[:1000], body[1000:]]), JSON_BODY_MAX_BYTES)
+
+
+ENCODED = base64.b64encode(bytes(range(256)) * 3).decode()
+
+
+@given(cuts=st.lists(st.integers(0, 3000), max_size=12))
+@pytest.mark.parametrize(
+    "written",
+    [
+        ENCODED.replace("+", "\\u002B").replace("/", "\\u002f"),
+        ENCODED.replace("/", "\\/"),
+        "\\r\\n".join(ENCODED[i : i + 76] for i in range(0, len(ENCODED), 76)),
+        "\\n".join(ENCODED[i : i + 76] for i in range(0, len(ENCODED), 76)) + "\\n",
+    ],
+)
+@pytest.mark.parametrize(
+    "head", ["data:image/png;base64,", "DATA:image/PNG;x=1;BASE64,"]
+)
+def test_base64_is_read_however_an_encoder_writes_it(
+    tmp_path_factory: pytest.TempPathFactory, head: str, written: str, cuts: list[int]
+) -> None:
+    raw = f'{{"images": [{{"image_url": "{head}{written}"}}]}}'.encode()
+
+    async def run() -> None:
+        spools = SpoolFolder(tmp_path_factory.getbasetemp())
+        lifted = await read_lifted(arriving(pieces(raw, cuts)), spools)
+        (found,) = [b"".join(spool.chunks()).decode() for spool in lifted.spools]
+        lifted.close()
+        assert found == ENCODED
+        assert lifted.json == {"images": [{"image_url": "data:#0"}]}
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("escape", ["\\b", "\\u2028", "\\u005C", '\\"', "\\\\"])
+async def test_an_escape_that_base64_cannot_have_is_refused(
+    spools: SpoolFolder, escape: str
+) -> None:
+    raw = f'{{"image_url": "data:image/png;base64,AAAA{escape}AAAA"}}'.encode()
+
+    with pytest.raises(InvalidRequestError):
+        await read_lifted(arriving([raw]), spools)
+
+    assert list(spools.path.iterdir()) == []
+
+
+@given(cuts=st.lists(st.integers(0, 300), max_size=8))
+def test_a_prompt_may_quote_and_even_be_a_data_url(
+    tmp_path_factory: pytest.TempPathFactory, cuts: list[int]
+) -> None:
+    body = {
+        "prompt": "data:image/png;base64,AAAA",
+        "x": 'what is <img src="data:image/png;base64,AAAA">? \\',
+        "image_urls": ["https://a.test/1", 'not "data:image/png;base64,AAAA"'],
+        "y": ["data:image/png;base64,AAAA"],
+    }
+    raw = json.dumps(body).encode()
+
+    async def run() -> None:
+        spools = SpoolFolder(tmp_path_factory.getbasetemp())
+        lifted = await read_lifted(arriving(pieces(raw, cuts)), spools)
+        assert lifted.spools == []
+        assert lifted.json == body
+
+    asyncio.run(run())
 
 
 # --- forms ---
@@ -233,7 +299,8 @@ async def test_a_client_that_hangs_up_in_the_middle_leaves_nothing(
     [
         ("multipart/form-data; boundary=abc", "abc"),
         ('Multipart/Form-Data; charset=utf-8; boundary="a b"', "a b"),
-        ("multipart/form-data", None),
+        ("multipart/form-data", ""),
+        ('multipart/form-data; boundary=""', ""),
         ("application/json", None),
         (None, None),
     ],

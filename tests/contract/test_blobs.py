@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
 from collections.abc import Callable, Iterator
@@ -168,3 +169,20 @@ async def test_a_disk_that_refuses_leaves_nothing_half(tmp_path: Path) -> None:
     assert refused.value.code == "storage_unavailable"
     assert not await blobs.exists(FLAT)
     assert not list((tmp_path / "blobs").iterdir())
+
+
+async def test_many_first_readers_of_a_picture_all_get_it(tmp_path: Path) -> None:
+    blobs = DiskBlobs(tmp_path)
+    content = bytes(range(256)) * 20_000
+    spool = SpoolFolder(tmp_path).from_bytes(base64.b64encode(content), "base64")
+    await blobs.keep("task/0", MadeImage(spool, "image/png", 1, 1), as_it_came=True)
+
+    opened = await asyncio.gather(*(blobs.open("task/0") for _ in range(40)))
+
+    assert all(blob is not None for blob in opened)
+    for blob in opened:
+        assert blob is not None
+        assert blob.size_bytes == len(content)
+        assert blob.read(0, len(content)) == content
+        blob.close()
+    assert {path.suffix for path in (tmp_path / "task").iterdir()} == {".raw"}

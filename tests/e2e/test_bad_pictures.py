@@ -250,13 +250,7 @@ BROKEN: dict[str, tuple[str | None, bytes, int, str | None, str]] = {
     "nothing": (FORM, b"", 400, None, "invalid_multipart"),
     "another boundary": (FORM + "x", WHOLE, 400, None, "invalid_multipart"),
     "gzipped": (FORM, gzip.compress(WHOLE), 400, None, "invalid_multipart"),
-    "no boundary": (
-        "multipart/form-data",
-        WHOLE,
-        400,
-        None,
-        "unsupported_content_type",
-    ),
+    "no boundary": ("multipart/form-data", WHOLE, 400, None, "invalid_multipart"),
     "text/plain": ("text/plain", WHOLE, 400, None, "unsupported_content_type"),
     "a picture alone": (
         "image/png",
