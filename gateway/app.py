@@ -27,11 +27,13 @@ from gateway.adapters.clock import SystemChance, SystemClock
 from gateway.adapters.convert import PillowStudio
 from gateway.adapters.data_dir import DataDir
 from gateway.adapters.events import FanOut
-from gateway.adapters.fetcher import GuardedFetcher, SystemResolver
+from gateway.adapters.fetcher import GuardedFetcher
 from gateway.adapters.hot_memory import MemoryBoard
 from gateway.adapters.logs import LogListener
 from gateway.adapters.memory import trimmer
 from gateway.adapters.metrics import Metrics
+from gateway.adapters.outbound import SystemResolver
+from gateway.adapters.webhooks import GuardedSender
 from gateway.api.admin import AdminGate, admin_routes
 from gateway.api.credits import credit_routes
 from gateway.api.errors import internal_error, render_error
@@ -45,6 +47,7 @@ from gateway.api.links import Links, OpenLinks, link_routes
 from gateway.api.models import model_routes
 from gateway.api.render import Renderer, route_facts
 from gateway.api.tasks import task_routes
+from gateway.api.webhooks import webhook_admin_routes, webhook_routes
 from gateway.books import (
     Books,
     StartError,
@@ -65,18 +68,20 @@ from gateway.core.pricing import offer_cost_nanousd
 from gateway.core.requests import parse_generation
 from gateway.core.routing import Moment, decide
 from gateway.core.tokens import bound_usage
+from gateway.core.webhooks import CallbackRules, Delivery
 from gateway.flows.dispatch import Dispatcher, candidate_facts
 from gateway.flows.files import FetchFile, Files
 from gateway.flows.generate import SYNC_DEADLINE_MS, Generate, wish_of
-from gateway.flows.inputs import LoadInputs
+from gateway.flows.inputs import KeptInputs, LoadInputs
 from gateway.flows.keys import Authenticate
 from gateway.flows.recovery import Recovery
 from gateway.flows.replay import Replay
 from gateway.flows.results import RESULT_KEPT_MS, Results
-from gateway.flows.tasks import ReadTask
-from gateway.ports import Fetcher, TaskRecord, Tunable
+from gateway.flows.tasks import ManageTasks, ReadTask
+from gateway.flows.webhooks import DeliverWebhooks
+from gateway.ports import Fetcher, Sender, TaskRecord, Tunable
 from gateway.settings import Settings, load_settings
-from gateway.workers import DRAIN_MAX_S, Loops, TaskRunner
+from gateway.workers import DRAIN_MAX_S, Loops, TaskRunner, Worker
 from providers.kit.contract import Provider
 from providers.kit.spool import SpoolFolder
 from providers.kit.wire import Tools, Wire
@@ -88,7 +93,11 @@ SWEEP_EVERY_S = 60.0
 EXPIRE_EVERY_S = 900.0
 AUDIT_EVERY_S = 3600.0
 TRIM_EVERY_S = 2.0
+WEBHOOKS_EVERY_S = 1.0
 CONNECTIONS_SPARE = 1.1
+WORKING_MAX_TASKS = 512
+TASK_KEPT_MS = 30 * 24 * 3600 * 1000
+FORGET_AT_ONCE = 200
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 RESULT_GRACE_MS = 1_800_000
 """Links end after 24 h; the files are gone half an hour later."""
@@ -105,6 +114,7 @@ class Gateway:
 
     app: ASGIApp
     runner: TaskRunner
+    worker: Worker
     loops: Loops
     recovery: Recovery
     catalogue: Catalogue
@@ -115,7 +125,9 @@ class Gateway:
 
     async def close(self, *, at_once: bool = False) -> None:
         """Let work end, unless ``at_once``; then give connections back."""
-        late = self.runner.in_flight if at_once else await self.runner.drain()
+        late = self.runner.in_flight + self.worker.in_flight
+        if not at_once:
+            late = await self.runner.drain() + await self.worker.drain(DRAIN_MAX_S)
         if late:
             self.log.note("drain_timeout", tasks=late)
         for provider in self.providers.values():
@@ -148,8 +160,32 @@ def connect_providers(
     return providers, wire, catalogue
 
 
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """What reaches addresses that callers name."""
+
+    fetcher: Fetcher
+    sender: Sender
+    callback_rules: CallbackRules
+
+
+def reach_outside(settings: Settings) -> Outside:
+    """Build what reaches addresses that callers name, as far as the config allows."""
+    clock, resolver = SystemClock(), SystemResolver()
+    webhooks, inputs = settings.webhooks, settings.inputs
+    rules = CallbackRules(webhooks.ports, webhooks.allow_networks)
+    schemes = ("https", "http") if inputs.allow_http else ("https",)
+    fetcher = GuardedFetcher(
+        clock,
+        resolver.resolve,
+        rules=UrlRules(schemes, inputs.ports),
+        allow=inputs.allow_networks,
+    )
+    return Outside(fetcher, GuardedSender(clock, resolver.resolve, rules), rules)
+
+
 def build_gateway(
-    settings: Settings, books: Books, log: LogListener, fetcher: Fetcher
+    settings: Settings, books: Books, log: LogListener, outside: Outside
 ) -> Gateway:
     """Wire everything together."""
     clock, chance, metrics = SystemClock(), SystemChance(), Metrics()
@@ -188,50 +224,83 @@ def build_gateway(
     links = Links(books.secret, settings.server.public_url)
     renderer = Renderer(settings.nanocredits_per_usd)
     gate = AdminGate(settings.server.admin_key)
-    read_task = ReadTask(books.tasks, blobs, clock)
+    read_task = ReadTask(books.tasks, books.queue, blobs, clock)
+    kept_inputs = KeptInputs(DiskBlobs(books.data_dir.inputs), spools)
+    worker = Worker(
+        queue=books.queue,
+        generate=generate,
+        catalogue=catalogue,
+        kept_inputs=kept_inputs,
+        clock=clock,
+        crashed=log.on_crash,
+        at_once=min(
+            WORKING_MAX_TASKS, sum(u.max_concurrent for u in settings.upstreams)
+        ),
+    )
     images = Images(
         catalogue=catalogue,
         authenticate=authenticate,
         generate=generate,
-        load_inputs=LoadInputs(fetcher, books.files, uploads, spools, clock),
+        load_inputs=LoadInputs(outside.fetcher, books.files, uploads, spools, clock),
         runner=runner,
         results=results,
         links=links,
         renderer=renderer,
         spools=spools,
         replay=Replay(books.tasks, read_task, blobs, clock),
+        kept_inputs=kept_inputs,
+        callback_rules=outside.callback_rules,
+        wake_worker=worker.wake,
         storage_trouble=books.data_dir.trouble,
     )
     files = Files(books.files, uploads, clock, chance)
     file_api = FileApi(
-        authenticate, files, FetchFile(files, fetcher, spools), spools, links
+        authenticate=authenticate,
+        files=files,
+        fetch=FetchFile(files, outside.fetcher, spools),
+        spools=spools,
+        links=links,
+        tenants=books.tenants,
+        storage_trouble=books.data_dir.trouble,
     )
 
-    async def audited() -> None:
-        report = await books.audit()
-        drift = sum(abs(found.drift_nanocredits) for found in report.drifts)
-        metrics.drift.set(max(drift, len(report.drifts)))
+    async def rendered(delivery: Delivery) -> bytes:
+        view = await read_task(delivery.task_id, delivery.tenant_id)
+        origin = view.record.origin if view.record is not None else ""
+        link_to = links.at(settings.server.public_url.rstrip("/") or origin)
+        return msgspec.json.encode(renderer.task(view, link_to))
 
-    async def expired() -> None:
-        await blobs.expire(clock.now_ms() - RESULT_KEPT_MS - RESULT_GRACE_MS)
-
-    async def keys_forgotten() -> None:
-        await books.tasks.forget_keys(clock.now_ms() - KEY_KEPT_MS)
-
-    trim = trimmer()
-
-    async def trimmed() -> None:
-        await asyncio.to_thread(trim)  # takes milliseconds after a burst
-
+    deliver = DeliverWebhooks(
+        outbox=books.outbox,
+        sender=outside.sender,
+        signing_keys=books.accounts,
+        render=rendered,
+        clock=clock,
+        chance=chance,
+        events=events,
+        pepper=books.secret,
+        crashed=log.on_crash,
+        tries_after_s=settings.webhooks.tries_after_s,
+    )
+    house = _House(books, blobs, kept_inputs, results, metrics, clock)
     inner = _litestar(
         [
             *image_routes(images),
             *estimate_routes(authenticate, catalogue, settings.nanocredits_per_usd),
-            *task_routes(authenticate, gate, read_task, links, renderer),
+            *task_routes(
+                authenticate,
+                gate,
+                read_task,
+                ManageTasks(books.queue, read_task, clock),
+                links,
+                renderer,
+            ),
             *credit_routes(authenticate, books.tenants),
             *model_routes(authenticate, catalogue),
             *link_routes(OpenLinks(links, blobs, uploads, clock)),
             *file_routes(file_api),
+            *webhook_routes(authenticate, books.webhooks, clock),
+            *webhook_admin_routes(gate, books.webhooks),
             *admin_routes(gate, _sandboxes(providers)),
             *health_routes(
                 {"database": _database_check(books), "disk": books.data_dir.trouble},
@@ -243,17 +312,15 @@ def build_gateway(
     return Gateway(
         app=Front(inner, clock, chance, events, log.on_crash),
         runner=runner,
+        worker=worker,
         loops=Loops(
             clock,
             log.on_crash,
             {
                 "overdue tasks": (SWEEP_EVERY_S, recovery.overdue),
-                "old idempotency keys": (EXPIRE_EVERY_S, keys_forgotten),
-                "sent results": (SWEEP_EVERY_S, results.forget_sent),
-                "expired results": (EXPIRE_EVERY_S, expired),
                 "expired uploads": (EXPIRE_EVERY_S, files.expire),
-                "audit": (AUDIT_EVERY_S, audited),
-                "free memory": (TRIM_EVERY_S, trimmed),
+                "webhooks": (WEBHOOKS_EVERY_S, deliver),
+                **house.chores(),
             },
         ),
         recovery=recovery,
@@ -261,8 +328,55 @@ def build_gateway(
         providers=providers,
         wire=wire,
         log=log,
-        audit=audited,
+        audit=house.audit,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _House:
+    """What is kept in order while the gateway runs."""
+
+    books: Books
+    blobs: DiskBlobs
+    kept_inputs: KeptInputs
+    results: Results
+    metrics: Metrics
+    clock: SystemClock
+
+    def chores(self) -> dict[str, tuple[float, Callable[[], Awaitable[object]]]]:
+        """Name each chore, and how often it is done, in seconds."""
+        trim = trimmer()
+
+        async def trimmed() -> None:
+            await asyncio.to_thread(trim)  # takes milliseconds after a burst
+
+        return {
+            "old idempotency keys": (EXPIRE_EVERY_S, self._forget_keys),
+            "tasks over 30 days": (EXPIRE_EVERY_S, self._forget_tasks),
+            "sent results": (SWEEP_EVERY_S, self.results.forget_sent),
+            "expired results": (EXPIRE_EVERY_S, self._expire),
+            "audit": (AUDIT_EVERY_S, self.audit),
+            "free memory": (TRIM_EVERY_S, trimmed),
+        }
+
+    async def audit(self) -> None:
+        """Audit the books, and show the drift."""
+        report = await self.books.audit()
+        drift = sum(abs(found.drift_nanocredits) for found in report.drifts)
+        self.metrics.drift.set(max(drift, len(report.drifts)))
+
+    async def _expire(self) -> None:
+        before_ms = self.clock.now_ms() - RESULT_KEPT_MS - RESULT_GRACE_MS
+        await self.blobs.expire(before_ms)
+        await self.kept_inputs.blobs.expire(before_ms)
+
+    async def _forget_tasks(self) -> None:
+        before_ms = self.clock.now_ms() - TASK_KEPT_MS
+        while len(await self.books.queue.forget_tasks(before_ms, FORGET_AT_ONCE)) > 1:
+            await self.clock.sleep(0)
+
+    async def _forget_keys(self) -> None:
+        await self.books.tasks.forget_keys(self.clock.now_ms() - KEY_KEPT_MS)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -305,20 +419,18 @@ async def started(
     async with open_books(settings, alone=True) as books:
         # Only now: commands run beside a live gateway and its spools.
         swept = SpoolFolder(books.data_dir.spool).sweep()
-        fetcher = GuardedFetcher(
-            SystemClock(),
-            SystemResolver().resolve,
-            rules=UrlRules(
-                ("https", "http") if settings.inputs.allow_http else ("https",),
-                settings.inputs.ports,
-            ),
-            allow=settings.inputs.allow_networks,
-        )
-        gateway = build_gateway(settings, books, log, fetcher)
+        outside = reach_outside(settings)
+        gateway = build_gateway(settings, books, log, outside)
         recovered = await gateway.recovery.after_start()
+        taken_over = await books.queue.reclaim()
         first = await first_run(books)
         await gateway.audit()
-        log.note("started", recovered_tasks=recovered, swept_spools=swept)
+        log.note(
+            "started",
+            recovered_tasks=recovered,
+            taken_over_tasks=taken_over,
+            swept_spools=swept,
+        )
         yield gateway, listening, first.secret if first else None
     log.note("stopped")
 
@@ -352,7 +464,9 @@ async def serve(
     )
     # What it would log of requests is logged already, one canonical line each.
     logging.getLogger("uvicorn.error").disabled = True
-    loops = asyncio.create_task(gateway.loops.run())
+    loops = asyncio.ensure_future(
+        asyncio.gather(gateway.loops.run(), gateway.worker.run())
+    )
     server = _Server(config, ready)
     try:
         await server.serve(sockets=[listening])

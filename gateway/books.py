@@ -14,16 +14,19 @@ from pathlib import Path
 from gateway.adapters.clock import SystemChance, SystemClock
 from gateway.adapters.data_dir import DataDir, DataDirError
 from gateway.adapters.sql.accounts import SqlAccounts
+from gateway.adapters.sql.deliveries import SqlOutbox
 from gateway.adapters.sql.files import SqlFiles
 from gateway.adapters.sql.ledger import SqlLedger
 from gateway.adapters.sql.migrations import SchemaTooNewError, migrate
+from gateway.adapters.sql.queue import SqlQueue
 from gateway.adapters.sql.sqlite import SqliteDatabase
 from gateway.adapters.sql.tasks import SqlTaskStore
 from gateway.core.errors import GatewayError
 from gateway.core.money import NANO
 from gateway.flows.credits import ManageTenants
 from gateway.flows.keys import ManageKeys, NewKey
-from gateway.ports import Accounts, AuditReport
+from gateway.flows.webhooks import ManageWebhooks
+from gateway.ports import AuditReport
 from gateway.settings import Settings, load_settings
 
 FIRST_TENANT = "first"
@@ -44,12 +47,15 @@ class Books:
     """What commands work with: the store and the flows over it."""
 
     database: SqliteDatabase
-    accounts: Accounts
+    accounts: SqlAccounts
     ledger: SqlLedger
     tasks: SqlTaskStore
+    queue: SqlQueue
     files: SqlFiles
+    outbox: SqlOutbox
     tenants: ManageTenants
     keys: ManageKeys
+    webhooks: ManageWebhooks
     data_dir: DataDir
     secret: bytes
 
@@ -110,14 +116,18 @@ async def open_books(
     try:
         await migrate(database, now_ms=clock.now_ms())
         accounts, ledger = SqlAccounts(database), SqlLedger(database)
+        outbox = SqlOutbox(database)
         yield Books(
             database=database,
             accounts=accounts,
             ledger=ledger,
             tasks=SqlTaskStore(database),
+            queue=SqlQueue(database),
             files=SqlFiles(database),
+            outbox=outbox,
             tenants=ManageTenants(accounts, ledger, clock, chance),
             keys=ManageKeys(accounts, clock, chance, secret),
+            webhooks=ManageWebhooks(outbox, accounts, clock, secret),
             data_dir=data_dir,
             secret=secret,
         )

@@ -210,12 +210,19 @@ def keys_create(
     async def run(books: Books) -> dict[str, str]:
         owner = await books.tenants.named(tenant)
         made = await books.keys.create(owner, delivery=delivery)
-        return {"key": made.secret, "key_id": made.key.id, "tenant": tenant}
+        return {
+            "key": made.secret,
+            "key_id": made.key.id,
+            "tenant": tenant,
+            "webhook_secret": await books.webhooks.secret(made.key.id),
+        }
 
     made = _with_books(config, data_dir, run)
-    _show(
-        made, f"{made['key']}\n(shown this once; id {made['key_id']})", as_json=as_json
+    text = (
+        f"{made['key']}\nwebhook secret: {made['webhook_secret']}\n"
+        f"(both shown this once; id {made['key_id']})"
     )
+    _show(made, text, as_json=as_json)
 
 
 @keys.command("list")
@@ -255,6 +262,82 @@ def keys_revoke(
 
     revoked = _with_books(config, data_dir, run)
     _show(revoked, f"revoked {key_id}", as_json=as_json)
+
+
+@keys.command("rotate-webhook-secret")
+@_listed
+@click.argument("key_id")
+def keys_rotate_webhook_secret(
+    config: Path | None, data_dir: Path | None, *, as_json: bool, key_id: str
+) -> None:
+    """Sign a key's webhooks anew; for 24 h the secret before signs too."""
+
+    async def run(books: Books) -> dict[str, str]:
+        secret = await books.webhooks.rotate(key_id)
+        return {"key_id": key_id, "webhook_secret": secret}
+
+    made = _with_books(config, data_dir, run)
+    text = f"{made['webhook_secret']}\n(shown this once)"
+    _show(made, text, as_json=as_json)
+
+
+# --- webhooks ---
+
+
+@main.group()
+def deliveries() -> None:
+    """Webhooks: sent, to be sent, and given up."""
+
+
+@deliveries.command("list")
+@_listed
+@click.option("--tenant", help="The tenant's name. Default: all.")
+@click.option("--state", type=click.Choice(["pending", "delivered", "failed"]))
+@click.option("--limit", type=click.IntRange(1, 1000), default=100, show_default=True)
+def deliveries_list(
+    config: Path | None,
+    data_dir: Path | None,
+    *,
+    as_json: bool,
+    tenant: str | None,
+    state: str | None,
+    limit: int,
+) -> None:
+    """List deliveries, newest first."""
+
+    async def run(books: Books) -> list[dict[str, str]]:
+        owner = await books.tenants.named(tenant) if tenant else None
+        _, found = await books.webhooks.list(
+            owner.id if owner else None, state=state, offset=0, limit=limit
+        )
+        return [
+            {
+                "id": each.id,
+                "state": each.state,
+                "tries": str(each.tries),
+                "url": each.url,
+                "error": each.error or "",
+            }
+            for each in found
+        ]
+
+    _show_rows(_with_books(config, data_dir, run), as_json=as_json)
+
+
+@deliveries.command("redeliver")
+@_listed
+@click.argument("delivery_id")
+def deliveries_redeliver(
+    config: Path | None, data_dir: Path | None, *, as_json: bool, delivery_id: str
+) -> None:
+    """Send a webhook again, under the same id; the running gateway does it."""
+
+    async def run(books: Books) -> dict[str, str]:
+        again = await books.webhooks.redeliver(delivery_id, None)
+        return {"id": again.id, "state": again.state}
+
+    again = _with_books(config, data_dir, run)
+    _show(again, f"{delivery_id} is due again", as_json=as_json)
 
 
 @main.group("credits")

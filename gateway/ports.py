@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from gateway.core.breaker import Health, Outcome
@@ -11,6 +11,7 @@ from gateway.core.events import Event
 from gateway.core.ledger import Balance, Settled
 from gateway.core.limits import RiskBook
 from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
+from gateway.core.webhooks import Answer, Delivery, SigningKey
 from providers.kit.contract import Billed, MadeImage, Operation, Payload, Usage
 
 # --- records: what the store keeps, as the flows see it ---
@@ -42,6 +43,7 @@ class NewTask:
     """A task to be opened together with its hold. ``request_json`` has no prompt.
 
     ``fingerprint`` is what equal requests share; ``idempotency_key`` is the client's.
+    ``callback_url`` is told of the end; ``origin`` is where its links begin.
     """
 
     id: str
@@ -56,6 +58,12 @@ class NewTask:
     deadline_ms: int
     fingerprint: str = ""
     idempotency_key: str | None = None
+    callback_url: str | None = None
+    origin: str = ""
+    task_class: str = ""
+    order_json: str | None = None
+    """All that is needed to carry an async task out, prompt included; forgotten when
+    the task is over. None for a sync one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,7 @@ class NewAttempt:
     upstream: str
     estimate_nanousd: int
     started_ms: int
+    fence: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +141,7 @@ class TaskEnd:
     ``attempts`` are the ends of those not ended yet; one that is not among them and
     still open is booked as maybe billed. ``route_json`` None leaves the decision that
     was kept with the first attempt. ``forget_key`` frees the idempotency key: the
-    client may try again.
+    client may try again. ``fence`` is that of the claim; a stale one is refused.
     """
 
     task_id: str
@@ -147,6 +156,7 @@ class TaskEnd:
     attempts: tuple[AttemptEnd, ...] = ()
     results: tuple[StoredResult, ...] = ()
     forget_key: bool = False
+    fence: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +204,55 @@ class TaskRecord:
     finished_ms: int | None
     attempts: tuple[AttemptRecord, ...]
     results: tuple[StoredResult, ...]
+    started_ms: int | None = None
+    callback_url: str | None = None
+    origin: str = ""
+    task_class: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """An async task taken by a worker, until its lease ends.
+
+    Writes carry ``fence``: once somebody else has claimed the task, they are refused.
+    ``takeovers`` counts how often a lease ended before its task.
+    """
+
+    record: TaskRecord
+    order_json: str
+    fence: int
+    takeovers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """What renewing a lease tells: whether it still holds, and whether to stop."""
+
+    held: bool
+    cancelled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFilter:
+    """Which of a tenant's tasks to list; None takes all."""
+
+    states: tuple[TaskState, ...] = ()
+    variant: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskLine:
+    """A task in a list."""
+
+    id: str
+    variant: str
+    state: TaskState
+    created_ms: int
+    started_ms: int | None
+    finished_ms: int | None
+    results: int
+    has_error: bool
+    charged_nanocredits: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +315,83 @@ class Events(Protocol):
         ...
 
 
+class Outbox(Protocol):
+    """Webhooks to be sent. Rows are written by ``TaskStore.finish``."""
+
+    async def claim(
+        self, *, now_ms: int, lease_ms: int, limit: int, places: Places
+    ) -> Sequence[Delivery]:
+        """Take deliveries that are due, for ``lease_ms``; nobody else gets them.
+
+        The longest due come first, but no host gets more than its places: one with
+        many that are due stands in nobody's way.
+        """
+        ...
+
+    async def note(self, delivery: Delivery) -> bool:
+        """Write how a try went: state, tries, next_ms, status, error.
+
+        False, and nothing written, if another try was noted or it was made due anew
+        meanwhile.
+        """
+        ...
+
+    async def list(
+        self, *, tenant_id: str | None, state: str | None, offset: int, limit: int
+    ) -> tuple[int, Sequence[Delivery]]:
+        """List deliveries, newest first, with their number."""
+        ...
+
+    async def get(self, delivery_id: str) -> Delivery | None:
+        """Read one."""
+        ...
+
+    async def redeliver(self, delivery_id: str, *, now_ms: int) -> bool:
+        """Make a delivery due now, with all its tries; False if there is none."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """How many deliveries may be taken per host: ``each``, less those ``taken``."""
+
+    each: int
+    taken: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """One try of a webhook. Each of ``secrets`` signs it; ``now_ms`` is its time."""
+
+    id: str
+    url: str
+    body: bytes
+    secrets: tuple[str, ...] = field(repr=False)
+    now_ms: int
+
+
+class Sender(Protocol):
+    """Sends webhooks, to public addresses only."""
+
+    async def send(self, post: Post) -> Answer:
+        """Make one try, within 10 s; whatever happens is an answer."""
+        ...
+
+
+class SigningKeys(Protocol):
+    """What webhooks are signed with: the version of each API key's secret."""
+
+    async def signing_key(self, key_id: str) -> SigningKey | None:
+        """Find the version that counts now; of revoked keys too."""
+        ...
+
+    async def rotate_signing_key(
+        self, key_id: str, *, now_ms: int
+    ) -> SigningKey | None:
+        """Start the next version; None if there is no such key."""
+        ...
+
+
 class TaskStore(Protocol):
     """Tasks, holds, attempts and settlements: each call is one transaction."""
 
@@ -315,6 +451,51 @@ class TaskStore(Protocol):
 
     async def risk_book(self, since_ms: int) -> RiskBook:
         """Read the second purchases and the spend since a time."""
+        ...
+
+
+class Queue(Protocol):
+    """Async tasks that wait for a worker: the tasks table itself."""
+
+    async def claim(self, *, now_ms: int, lease_ms: int) -> Claimed | None:
+        """Take a task whose lease ended, or the next one of the tenant served least."""
+        ...
+
+    async def renew(
+        self, task_id: str, fence: int, *, now_ms: int, lease_ms: int
+    ) -> Lease:
+        """Keep a claimed task."""
+        ...
+
+    async def reclaim(self) -> int:
+        """End every lease: nobody else is alive. Returns how many there were."""
+        ...
+
+    async def release(self, task_id: str, fence: int) -> None:
+        """Give a claimed task back, to be claimed again at once."""
+        ...
+
+    async def cancel(
+        self, task_id: str, tenant_id: str, *, now_ms: int
+    ) -> TaskState | None:
+        """Cancel a pending task, or ask the worker of a running one to stop.
+
+        Returns the state after it; None if the tenant has no such task.
+        """
+        ...
+
+    async def tasks(
+        self, tenant_id: str, wanted: TaskFilter, *, offset: int, limit: int
+    ) -> tuple[int, Sequence[TaskLine]]:
+        """List a tenant's tasks, newest first, with their number."""
+        ...
+
+    async def usual_ms(self, task_class: str) -> int | None:
+        """Tell how long the last completed tasks of a class took, on average."""
+        ...
+
+    async def forget_tasks(self, before_ms: int, limit: int) -> Sequence[str]:
+        """Delete tasks finished before a time, oldest first; returns their ids."""
         ...
 
 

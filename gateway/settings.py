@@ -39,6 +39,7 @@ from gateway.core.catalogue import (
 )
 from gateway.core.money import NANO
 from gateway.core.tokens import TABLE_QUALITIES
+from gateway.core.webhooks import TRIES_AFTER_S
 from providers.kit.contract import Account
 
 ENV_PREFIX = "IMAGEWAY__"
@@ -50,6 +51,7 @@ AMOUNT_MAX = 1_000_000
 """No price and no rate is over this; a bigger one is a slip."""
 DECIMAL_PLACES_MAX = 15
 PORT_MAX = 65_535
+NUMBERS_MAX = 10
 TOKEN_CLASSES = (
     "text_input",
     "text_cached",
@@ -99,6 +101,15 @@ class InputSettings:
     allow_networks: tuple[IPv4Network | IPv6Network, ...]
     allow_http: bool
     ports: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WebhookSettings:
+    """Where webhooks may be sent, and how long after a failed try the next follows."""
+
+    allow_networks: tuple[IPv4Network | IPv6Network, ...]
+    ports: tuple[int, ...]
+    tries_after_s: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +173,7 @@ class Settings:
     server: Server
     storage: Storage
     inputs: InputSettings
+    webhooks: WebhookSettings
     nanocredits_per_usd: int
     variants: Mapping[str, Variant]
     upstreams: tuple[UpstreamSettings, ...]
@@ -232,6 +244,7 @@ class Kind(Enum):
     TEXTS = "texts"
     SIZES = "sizes"
     INTEGERS = "integers"
+    NUMBERS = "numbers"
     FREE = "free"
     COST = "cost"
     PRICE = "price"
@@ -357,6 +370,30 @@ GATEWAY_KEYS: tuple[Key, ...] = (
             ),
             Key("allow_http", Kind.FLAG, "Fetch http:// URLs too.", default=False),
             Key("ports", Kind.TEXTS, "TCP ports that URLs may name.", ("443", "80")),
+        ),
+    ),
+    Key(
+        "webhooks",
+        Kind.TABLE,
+        "Where webhooks may be sent, and how often.",
+        keys=(
+            Key(
+                "allow_networks",
+                Kind.TEXTS,
+                "Networks of your own that may be reached though not public.",
+                (),
+            ),
+            Key(
+                "ports", Kind.TEXTS, "TCP ports that callback URLs may name.", ("443",)
+            ),
+            Key(
+                "tries_after_s",
+                Kind.NUMBERS,
+                "Seconds from a failed try to the next one.",
+                TRIES_AFTER_S,
+                low=1,
+                high=86_400,
+            ),
         ),
     ),
     Key("upstream", Kind.TABLES, "Accounts at providers.", keys=UPSTREAM_KEYS),
@@ -775,6 +812,14 @@ def _read_sizes(value: object, key: Key) -> tuple[tuple[int, int], ...]:
     return sizes
 
 
+def _read_numbers(value: object, key: Key) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > NUMBERS_MAX:
+        raise _WrongValueError(
+            f"must be an array of at most {NUMBERS_MAX} whole numbers, such as [5, 60]"
+        )
+    return tuple(_read_integer(each, key) for each in value)
+
+
 def _read_integers(value: object, key: Key) -> dict[str, int]:
     if not isinstance(value, dict) or not value:
         raise _WrongValueError("must be a table such as { low = 16, high = 96 }")
@@ -912,6 +957,7 @@ _READERS: Mapping[Kind, _Reader] = {
     Kind.TEXTS: _read_texts,
     Kind.SIZES: _read_sizes,
     Kind.INTEGERS: _read_integers,
+    Kind.NUMBERS: _read_numbers,
     Kind.FREE: _read_options,
     Kind.COST: _read_cost,
     Kind.PRICE: _read_price,
@@ -997,19 +1043,22 @@ def _settings(
         _check_upstream(path, row, rows, kinds, desk)
         _check_offers(path, row, variants, desk)
     server, storage = _server(values, desk), _storage(values, desk)
-    inputs = _inputs(values, desk)
+    inputs, webhooks = _inputs(values, desk), _webhooks(values, desk)
     active, left_out = _active(rows, desk)
     if rows and len(left_out) == len(rows):
         reasons = "; ".join(f"{out.upstream} {out.reason}" for out in left_out)
         desk.wrong("upstream", f"none is in use: {reasons}")
-    if desk.problems or server is None or storage is None or inputs is None:
+    if desk.problems or server is None or storage is None:
         return None
+    assert inputs is not None
+    assert webhooks is not None
     upstreams = tuple(_upstream(row, secret) for row, secret in active)
     offers = tuple(_offer(row, offer) for row, _ in active for offer in row["offer"])
     return Settings(
         server=server,
         storage=storage,
         inputs=inputs,
+        webhooks=webhooks,
         nanocredits_per_usd=values["credits"]["per_usd"],
         variants=variants or {},
         upstreams=upstreams,
@@ -1151,22 +1200,38 @@ def _storage(values: _Values, desk: _Desk) -> Storage | None:
 
 
 def _inputs(values: _Values, desk: _Desk) -> InputSettings | None:
-    inputs = values["inputs"]
-    if None in inputs.values():
+    networks, ports = _reach("inputs", values["inputs"], desk)
+    if desk.problems:
         return None
+    return InputSettings(networks, values["inputs"]["allow_http"], ports)
+
+
+def _webhooks(values: _Values, desk: _Desk) -> WebhookSettings | None:
+    networks, ports = _reach("webhooks", values["webhooks"], desk)
+    if desk.problems:
+        return None
+    return WebhookSettings(networks, ports, values["webhooks"]["tries_after_s"])
+
+
+def _reach(
+    section: str, values: _Values, desk: _Desk
+) -> tuple[tuple[IPv4Network | IPv6Network, ...], tuple[int, ...]]:
+    """Read where URLs of callers may lead to; without what is wrong."""
     networks: list[IPv4Network | IPv6Network] = []
-    for index, text in enumerate(inputs["allow_networks"]):
+    for index, text in enumerate(values["allow_networks"] or ()):
         try:
             networks.append(ip_network(text))
         except ValueError as error:
-            desk.wrong(f"inputs.allow_networks[{index}]", f"is no network: {error}")
-    ports = inputs["ports"]
-    for index, text in enumerate(ports):
-        if not text.isascii() or not text.isdigit() or not 0 < int(text) <= PORT_MAX:
-            desk.wrong(f"inputs.ports[{index}]", f"must be 1 to {PORT_MAX}, as text")
-    if desk.problems:
-        return None  # whatever it was, ports may be no numbers
-    return InputSettings(tuple(networks), inputs["allow_http"], tuple(map(int, ports)))
+            where = f"{section}.allow_networks[{index}]"
+            desk.wrong(where, f"is no network: {error}")
+    ports: list[int] = []
+    for index, text in enumerate(values["ports"] or ()):
+        if text.isascii() and text.isdigit() and 0 < int(text) <= PORT_MAX:
+            ports.append(int(text))
+        else:
+            where = f"{section}.ports[{index}]"
+            desk.wrong(where, f"must be 1 to {PORT_MAX}, as text")
+    return tuple(networks), tuple(ports)
 
 
 def _locate(text: str | None, key: Key, desk: _Desk) -> str | None:
@@ -1333,6 +1398,11 @@ _SCHEMAS: Mapping[Kind, Callable[[Key], dict[str, object]]] = {
         "type": "object",
         "minProperties": 1,
         "additionalProperties": _integer_schema(key),
+    },
+    Kind.NUMBERS: lambda key: {
+        "type": "array",
+        "maxItems": NUMBERS_MAX,
+        "items": _integer_schema(key),
     },
     Kind.FREE: lambda _: {"type": "object"},
     Kind.COST: _cost_schema,

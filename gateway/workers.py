@@ -6,14 +6,26 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
-from gateway.core.errors import GatewayError, ServiceUnavailableError
+from gateway.core.catalogue import Catalogue
+from gateway.core.errors import (
+    GatewayError,
+    InvalidRequestError,
+    ServiceUnavailableError,
+)
+from gateway.core.orders import request_from
+from gateway.core.requests import ImageRequest
+from gateway.core.tasks import TAKEOVERS_MAX, FencedError
 from gateway.flows.generate import Accepted, Generate
+from gateway.flows.inputs import KeptInputs
 from gateway.flows.tasks import TaskView
-from gateway.ports import Clock
+from gateway.ports import Claimed, Clock, NewTask, Queue
 from providers.kit.contract import Partial
 
 IN_FLIGHT_MAX_TASKS = 2_000
 DRAIN_MAX_S = 180.0
+LEASE_MS = 30_000
+RENEW_EVERY_S = 10.0
+POLL_EVERY_S = 1.0
 
 Crashed = Callable[[BaseException, str], None]
 
@@ -94,6 +106,153 @@ class TaskRunner:
             await self.generate.give_up(accepted, internal)
             self.crashed(error, accepted.task.id)
             raise internal from error
+
+
+@dataclass(slots=True)
+class Worker:
+    """Carries async tasks out, as many at once as it may; one per process.
+
+    A task is claimed for a short lease that is renewed while the work goes on. Whoever
+    finds a lease ended takes the task over: what had a job id is polled on, what may
+    have been bought is bought again at most once, what was never sent is routed anew.
+    """
+
+    queue: Queue
+    generate: Generate
+    catalogue: Catalogue
+    kept_inputs: KeptInputs
+    clock: Clock
+    crashed: Callable[[BaseException, str], None]
+    at_once: int
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _running: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+
+    def wake(self) -> None:
+        """Say that there is something to do."""
+        self._news.set()
+
+    @property
+    def in_flight(self) -> int:
+        """How many tasks are being worked on."""
+        return len(self._running)
+
+    async def run(self) -> None:
+        """Take tasks until cancelled; what was taken then still goes on."""
+        while True:
+            claimed = None
+            if len(self._running) < self.at_once:
+                claimed = await self._claimed()
+            if claimed is not None:
+                self._start(claimed)
+                continue
+            self._news.clear()
+            try:
+                async with asyncio.timeout(POLL_EVERY_S):
+                    await self._news.wait()
+            except TimeoutError:
+                continue
+
+    async def drain(self, at_most_s: float) -> int:
+        """Wait for what was taken; returns how many did not end in time."""
+        if not self._running:
+            return 0
+        _, late = await asyncio.wait(self._running.values(), timeout=at_most_s)
+        return len(late)
+
+    async def _claimed(self) -> Claimed | None:
+        try:
+            return await self.queue.claim(now_ms=self.clock.now_ms(), lease_ms=LEASE_MS)
+        except ServiceUnavailableError as error:
+            self.crashed(error, "claiming a task")
+            await self.clock.sleep(POLL_EVERY_S)
+            return None
+
+    def _start(self, claimed: Claimed) -> None:
+        task_id = claimed.record.id
+        work = asyncio.create_task(self._guarded(claimed))
+        self._running[task_id] = work
+
+        def over(_: asyncio.Task[None]) -> None:
+            self._running.pop(task_id, None)
+            self._news.set()
+
+        work.add_done_callback(over)
+
+    async def _guarded(self, claimed: Claimed) -> None:
+        try:
+            await self._carried_out(claimed)
+        except FencedError:
+            return  # somebody else has it now
+        except GatewayError:
+            await self.kept_inputs.forget(claimed.record.id)  # it is closed
+        except Exception as error:  # noqa: BLE001 - a supervisor
+            # Left to be taken over when its lease ends, a bounded number of times.
+            self.crashed(error, claimed.record.id)
+
+    async def _carried_out(self, claimed: Claimed) -> None:
+        request = request_from(claimed.order_json, self.catalogue)
+        if request is None or claimed.takeovers > TAKEOVERS_MAX:
+            await self.generate.abandon(claimed)
+            return
+        try:
+            accepted = await self._accepted(claimed, request)
+        except InvalidRequestError:
+            await self.generate.abandon(claimed)
+            return
+        work = asyncio.ensure_future(self.generate.carry_out(accepted, links=True))
+        try:
+            view = await self._kept_alive(claimed, accepted, work)
+        finally:
+            if not work.done():
+                work.cancel()
+        for picture in view.pictures if view is not None else ():
+            if picture.made is not None:
+                picture.made.payload.close()
+        await self.kept_inputs.forget(claimed.record.id)
+
+    async def _accepted(self, claimed: Claimed, request: ImageRequest) -> Accepted:
+        record = claimed.record
+        left_ms = record.deadline_ms - self.clock.now_ms()
+        return Accepted(
+            task=NewTask(
+                id=record.id,
+                tenant_id=record.tenant_id,
+                key_id=record.key_id,
+                variant=record.variant,
+                operation=record.operation,
+                mode=record.mode,
+                request_json=record.request_json,
+                hold_nanocredits=record.hold_nanocredits,
+                created_ms=record.created_ms,
+                deadline_ms=record.deadline_ms,
+            ),
+            request=request,
+            deadline_mono_ms=self.clock.monotonic_ms() + left_ms,
+            inputs=await self.kept_inputs.load(record.id, request),
+            fence=claimed.fence,
+            history=record.attempts,
+        )
+
+    async def _kept_alive(
+        self, claimed: Claimed, accepted: Accepted, work: asyncio.Future[TaskView]
+    ) -> TaskView | None:
+        while True:
+            await asyncio.wait({work}, timeout=RENEW_EVERY_S)
+            if work.done():
+                return work.result()
+            lease = await self.queue.renew(
+                claimed.record.id,
+                claimed.fence,
+                now_ms=self.clock.now_ms(),
+                lease_ms=LEASE_MS,
+            )
+            if not lease.held:
+                raise FencedError(claimed.record.id)
+            if lease.cancelled and not work.done():
+                work.cancel()
+                await asyncio.wait({work})
+                await self.generate.cancel(accepted)
+                return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,11 @@ class DataDir:
         return self.root / "results"
 
     @property
+    def inputs(self) -> Path:
+        """Where the pictures of async tasks are kept until these are over."""
+        return self.root / "inputs"
+
+    @property
     def uploads(self) -> Path:
         """Where files that tenants uploaded are kept."""
         return self.root / "uploads"
@@ -53,6 +58,7 @@ class DataDir:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.results.mkdir(exist_ok=True)
             self.uploads.mkdir(exist_ok=True)
+            self.inputs.mkdir(exist_ok=True)
             self.spool.mkdir(exist_ok=True)
             probe = self.root / f".probe-{os.getpid()}"
             probe.write_bytes(b"")
@@ -122,7 +128,7 @@ class DataDir:
         """
         try:
             free_bytes = shutil.disk_usage(self.root).free
-            for folder in (self.results, self.spool, self.uploads):
+            for folder in (self.results, self.spool, self.uploads, self.inputs):
                 if os.access(folder, os.W_OK | os.X_OK):
                     continue
                 folder.mkdir(exist_ok=True)

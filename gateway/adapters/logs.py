@@ -21,13 +21,14 @@ from gateway.core.events import (
     HoldRefused,
     RequestFinished,
     TaskFinished,
+    WebhookTried,
 )
 
 TEXT_MAX_CHARS = 500
 _SECRET = re.compile(
     r"(iwk_live_[0-9A-Za-z]{2})[0-9A-Za-z]+|\bsk-[\w-]{8,}|(?i:bearer)\s+\S+"
     r"|eyJ[\w-]+\.[\w-]+\.[\w-]*|data:[^,\s]{0,64},[A-Za-z0-9+/=]{64,}"
-    r"|(?<=signature=)[\w-]+"
+    r"|(?<=signature=)[\w-]+|whsec_[\w+/=]+"
 )
 _NAMES = {
     RequestFinished: "request",
@@ -35,6 +36,7 @@ _NAMES = {
     TaskFinished: "task",
     BreakerChanged: "breaker",
     HoldRefused: "hold_refused",
+    WebhookTried: "webhook",
 }
 
 

@@ -25,6 +25,7 @@ from gateway.core.events import (
     HoldRefused,
     RequestFinished,
     TaskFinished,
+    WebhookTried,
 )
 
 NANO = 1e9
@@ -84,6 +85,7 @@ class Metrics:
             "estimated_settlements", "Settled without reported usage.", "variant"
         )
         self._refused = counter("holds_refused", "Refused for credits.", "variant")
+        self._webhooks = counter("webhook_deliveries", "Webhooks tried.", "outcome")
         state = Gauge(
             "imageway_breaker_state",
             "1 for the state that the breaker is in.",
@@ -130,6 +132,8 @@ class Metrics:
                     self._opened(event.offer_id).inc()
             case HoldRefused():
                 self._refused(event.variant).inc()
+            case WebhookTried():
+                self._webhooks(event.outcome).inc()
 
     def render(self) -> tuple[bytes, str]:
         """Write all metrics in Prometheus' text format; with its media type."""

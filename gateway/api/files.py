@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import binascii
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,8 +18,14 @@ from litestar.types import Receive
 from gateway.api.forms import Form, FormLimits, boundary_of, read_form
 from gateway.api.http import AnyRequest, consume, note_of, read_json
 from gateway.api.links import Links
-from gateway.core.errors import InvalidRequestError, TooLargeError
+from gateway.core.errors import (
+    InvalidRequestError,
+    TooLargeError,
+    insufficient_credits,
+    storage_full,
+)
 from gateway.core.images import IMAGE_MAX_BYTES, too_large
+from gateway.flows.credits import ManageTenants
 from gateway.flows.files import FetchFile, Files, Naming, upload_spool
 from gateway.flows.keys import Authenticate
 from gateway.ports import Spools, StoredFile, WritableSpool
@@ -53,6 +59,8 @@ class FileApi:
     fetch: FetchFile
     spools: Spools
     links: Links
+    tenants: ManageTenants
+    storage_trouble: Callable[[], Awaitable[str | None]]
     gate: asyncio.Semaphore = field(
         default_factory=lambda: asyncio.Semaphore(DECODED_AT_ONCE)
     )
@@ -65,8 +73,17 @@ class FileApi:
         return key.tenant_id
 
     async def uploader_of(self, request: AnyRequest) -> str:
-        """Tell whose key it is, if there is room for a file more."""
+        """Tell whose key it is, if there is room for a file more.
+
+        Asked before a body is read: somebody without credits stores nothing here, and
+        the books keep their reserve on the disk.
+        """
         tenant_id = await self.tenant_of(request)
+        if await self.storage_trouble() is not None:
+            raise storage_full()
+        balance = await self.tenants.balance(tenant_id)
+        if balance.available <= 0:
+            raise insufficient_credits(1, balance.available)
         await self.files.check_room(tenant_id)
         return tenant_id
 

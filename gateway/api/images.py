@@ -34,6 +34,7 @@ from gateway.api.lifting import read_lifted
 from gateway.api.links import Links
 from gateway.api.render import InlineAnswer, Renderer
 from gateway.core.catalogue import Catalogue
+from gateway.core.delivery import Delivery, delivery_of
 from gateway.core.errors import GatewayError, InvalidRequestError, storage_full
 from gateway.core.idempotency import fingerprint, parse_key
 from gateway.core.images import IMAGE_MAX_BYTES
@@ -43,8 +44,18 @@ from gateway.core.requests import (
     parse_edit_form,
     parse_generation,
 )
-from gateway.flows.generate import Accepted, Generate, Once, Repeated, facts_of
-from gateway.flows.inputs import NO_INPUTS, LoadInputs
+from gateway.core.tasks import DeliveryMode
+from gateway.core.webhooks import CallbackRules, check_callback_url
+from gateway.flows.generate import (
+    NOT_ONCE,
+    Accepted,
+    Generate,
+    Later,
+    Once,
+    Repeated,
+    facts_of,
+)
+from gateway.flows.inputs import NO_INPUTS, Inputs, KeptInputs, LoadInputs
 from gateway.flows.keys import Authenticate
 from gateway.flows.replay import Replay
 from gateway.flows.results import Results
@@ -95,6 +106,15 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
+class Ask:
+    """A request, how it is to be delivered, and what makes it one of a kind."""
+
+    request: ImageRequest
+    delivery: Delivery
+    once: Once = NOT_ONCE
+
+
+@dataclass(frozen=True, slots=True)
 class Images:
     """What both image routes do, once their body is read."""
 
@@ -108,6 +128,9 @@ class Images:
     renderer: Renderer
     spools: Spools
     replay: Replay
+    kept_inputs: KeptInputs
+    callback_rules: CallbackRules
+    wake_worker: Callable[[], None]
     storage_trouble: Callable[[], Awaitable[str | None]]
 
     async def generations(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -134,13 +157,11 @@ class Images:
     async def _key(self, scope: Scope) -> Key:
         note = note_of(scope)
         note.task_id = self.generate.new_task_id()
-        note.headers["x-gateway-mode"] = "sync"
         if scope["method"] != "POST":  # type: ignore[typeddict-item]
             note.headers["allow"] = "POST"
             raise MethodNotAllowedError("Use POST on this route.")
         key = await self.authenticate(header(scope, "authorization"))
         note.tenant_id, note.key_id = key.tenant_id, key.id
-        _refuse_async(scope, key)
         return key
 
     @asynccontextmanager
@@ -168,14 +189,20 @@ class Images:
 
     async def _start(self, scope: Scope, key: Key, asked: Asked) -> Work:
         note, request = note_of(scope), asked.request
-        assert note.task_id is not None
-        _refuse_callback(request)
+        if request.callback_url is not None:
+            check_callback_url(request.callback_url, self.callback_rules)
         if request.ignored:
             note.headers[IGNORED_PARAMS] = ", ".join(request.ignored)
+        delivery = delivery_of(header(scope, "prefer"), request, key.delivery)
+        note.headers["x-gateway-mode"] = delivery.mode.value
         once = await _once(scope, asked)
         repeated = await self.replay.find(once, key)
         if repeated is not None:
-            return self._joined(note, key, request, repeated)
+            return self._joined(note, key, Ask(request, delivery), repeated)
+        return await self._new(scope, key, asked, Ask(request, delivery, once))
+
+    async def _new(self, scope: Scope, key: Key, asked: Asked, ask: Ask) -> Work:
+        note, request = note_of(scope), ask.request
         self.runner.check_room()
         if await self.storage_trouble() is not None:
             raise storage_full()
@@ -183,16 +210,48 @@ class Images:
         if request.references:
             await self.generate.check_credits(request, key)
             inputs = await self.load_inputs(request, key.tenant_id, asked.brought)
+        assert note.task_id is not None
+        if ask.delivery.mode is DeliveryMode.ASYNC:
+            try:
+                accepted = await self._enqueued(scope, key, ask, inputs)
+            finally:
+                inputs.close()
+            if isinstance(accepted, Repeated):
+                return self._joined(note, key, ask, accepted.task_id)
+            return self._queued(note, key, ask, note.task_id)
         try:
             accepted = await self.generate.accept(
-                note.task_id, request, key, inputs, once
+                note.task_id, request, key, inputs, ask.once
             )
         except BaseException:
             inputs.close()
             raise
         if isinstance(accepted, Repeated):
             inputs.close()
-            return self._joined(note, key, request, accepted.task_id)
+            return self._joined(note, key, ask, accepted.task_id)
+        return self._started(accepted, ask)
+
+    async def _enqueued(
+        self, scope: Scope, key: Key, ask: Ask, inputs: Inputs
+    ) -> Accepted | Repeated:
+        # The pictures are stored before the task is there for a worker to take.
+        task_id = note_of(scope).task_id
+        assert task_id is not None
+        accepted = None
+        try:
+            await self.kept_inputs.keep(task_id, inputs)
+            later = Later(self.links.origin(scope))
+            accepted = await self.generate.accept(
+                task_id, ask.request, key, inputs, ask.once, later
+            )
+        finally:
+            if not isinstance(accepted, Accepted):
+                await self.kept_inputs.forget(task_id)
+        self.wake_worker()
+        return accepted
+
+    def _started(self, accepted: Accepted, ask: Ask) -> Work:
+        request = ask.request
         events = _events(request, accepted.task.created_ms // 1000)
         as_links = request.response_format == "url" and events is None
         task = self.runner.start(
@@ -200,20 +259,28 @@ class Images:
             links=as_links,
             on_partial=events.on_partial if events is not None else None,
         )
-        return Work(
-            task,
-            as_links=as_links,
-            events=events,
-            kept=once.idempotency_key is not None,
-        )
+        kept = ask.once.idempotency_key is not None
+        return Work(task, as_links=as_links, events=events, kept=kept)
 
-    def _joined(
-        self, note: RequestNote, key: Key, request: ImageRequest, task_id: str
-    ) -> Work:
+    def _queued(self, note: RequestNote, key: Key, ask: Ask, task_id: str) -> Work:
+        # An async task: answered with itself, or within the time that was preferred.
+        if ask.delivery.wait_s is None:
+            read = self.replay.read(task_id, key)
+            return Work(asyncio.ensure_future(read), as_links=True, kept=True)
+        note.headers["preference-applied"] = f"wait={ask.delivery.wait_s}"
+        as_links = ask.request.response_format == "url"
+        joined = self.replay.join(
+            task_id, key, links=as_links, within_s=ask.delivery.wait_s
+        )
+        return Work(asyncio.ensure_future(joined), as_links=as_links, kept=True)
+
+    def _joined(self, note: RequestNote, key: Key, ask: Ask, task_id: str) -> Work:
         note.task_id = task_id
         note.headers["idempotency-replayed"] = "true"
-        events = _events(request, note.received_s)
-        as_links = request.response_format == "url" and events is None
+        if ask.delivery.mode is DeliveryMode.ASYNC:
+            return self._queued(note, key, ask, task_id)
+        events = _events(ask.request, note.received_s)
+        as_links = ask.request.response_format == "url" and events is None
         joined = self.replay.join(task_id, key, links=as_links)
         task = asyncio.ensure_future(joined)
         return Work(task, as_links=as_links, events=events, kept=True)
@@ -239,7 +306,7 @@ class Images:
     ) -> None:
         view = work.task.result()
         try:
-            if work.as_links:
+            if work.as_links or not view.state.final:
                 body = self.renderer.task(view, self.links.to(scope))
                 await send_answer(send, 200, JSON, msgspec.json.encode(body))
             elif (
@@ -352,28 +419,6 @@ def _events(request: ImageRequest, created_s: int) -> EventStream | None:
     if not request.stream:
         return None
     return EventStream(request.operation, facts_of(request), created_s)
-
-
-def _refuse_async(scope: Scope, key: Key) -> None:
-    # Better refused than answered in another mode than was asked for.
-    prefer = (header(scope, "prefer") or "").lower()
-    if "respond-async" in prefer or key.delivery == "async":
-        raise InvalidRequestError(
-            "Async delivery is not supported by this version of the gateway. Leave "
-            "out 'Prefer: respond-async', and use a key made with --delivery sync.",
-            param="Prefer",
-            code="unsupported_parameter",
-        )
-
-
-def _refuse_callback(request: ImageRequest) -> None:
-    if request.callback_url is not None:
-        raise InvalidRequestError(
-            "callback_url is not supported by this version of the gateway. "
-            "Leave it out.",
-            param="callback_url",
-            code="unsupported_parameter",
-        )
 
 
 def _close_later(work: asyncio.Task[TaskView]) -> None:

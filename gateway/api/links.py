@@ -86,7 +86,10 @@ class Links:
 
     def to(self, scope: Scope) -> LinkTo:
         """Return what makes the links of an answer to this request."""
-        origin = self._origin(scope)
+        return self.at(self.origin(scope))
+
+    def at(self, origin: str) -> LinkTo:
+        """Return what makes links that begin with ``origin``."""
 
         def link_to(picture: Picture) -> str | None:
             if picture.blob is None:
@@ -98,7 +101,7 @@ class Links:
 
     def to_files(self, scope: Scope) -> Callable[[StoredFile], FileLinks]:
         """Return what makes the links to uploads, in an answer to this request."""
-        origin = self._origin(scope)
+        origin = self.origin(scope)
 
         def links_to(file: StoredFile) -> FileLinks:
             path = f"/files/uploads/{file.id}/{file.name}"
@@ -126,7 +129,8 @@ class Links:
                 code="link_expired",
             )
 
-    def _origin(self, scope: Scope) -> str:
+    def origin(self, scope: Scope) -> str:
+        """Tell where links begin, for who calls us like this."""
         host = header(scope, "host") or "127.0.0.1"
         return self.public_url.rstrip("/") or f"{scope['scheme']}://{host}"
 

@@ -10,11 +10,9 @@ import msgspec
 from gateway.core.money import decimal_text, usd_from_credits
 from gateway.core.tasks import TaskState
 from gateway.flows.tasks import Picture, TaskView
-from gateway.ports import AttemptRecord, TaskRecord
+from gateway.ports import AttemptRecord, TaskLine, TaskRecord
 from providers.kit.contract import MadeImage, Usage
 from providers.kit.payloads import base64_chunks, base64_length
-
-PROGRESS = {TaskState.PENDING: 0, TaskState.PROCESSING: 50}
 
 LinkTo = Callable[[Picture], str | None]
 
@@ -41,6 +39,27 @@ class Renderer:
             body["error"] = view.error
         return body
 
+    def line(self, line: TaskLine) -> dict[str, object]:
+        """Render a task in a list."""
+        ended_ms = line.finished_ms
+        took_s = None
+        if ended_ms is not None:
+            took_s = (ended_ms - (line.started_ms or line.created_ms)) // 1000
+        charged = line.charged_nanocredits
+        return {
+            "id": line.id,
+            "model": line.variant,
+            "type": "image",
+            "status": line.state.value,
+            "progress": 100 if line.state.final else 0,
+            "created_at": line.created_ms // 1000,
+            "duration": took_s,
+            "has_results": line.results > 0,
+            "result_count": line.results,
+            "has_error": line.has_error,
+            "credits_used": None if charged is None else number(charged),
+        }
+
     def inline(self, view: TaskView) -> InlineAnswer:
         """Render a completed task with its pictures inside, to be streamed out."""
         body = self._head(view) | {"results": []}
@@ -63,8 +82,11 @@ class Renderer:
             "type": "image",
             "model": view.variant,
             "status": view.state.value,
-            "progress": PROGRESS.get(view.state, 100),
-            "task_info": {"can_cancel": False, "estimated_time": 0},
+            "progress": view.progress,
+            "task_info": {
+                "can_cancel": view.can_cancel,
+                "estimated_time": view.estimated_s,
+            },
         }
         if view.facts is not None:
             body |= {

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import msgspec
-from litestar import Response, get
+from litestar import Response, get, post
 from litestar.handlers import HTTPRouteHandler
 
 from gateway.api.admin import AdminGate
-from gateway.api.http import AnyRequest, note_of
+from gateway.api.http import AnyRequest, note_of, read_json
 from gateway.api.links import Links
 from gateway.api.render import Renderer
+from gateway.core.errors import InvalidRequestError
+from gateway.core.tasks import TaskState
 from gateway.flows.keys import Authenticate
-from gateway.flows.tasks import ReadTask
+from gateway.flows.tasks import (
+    BATCH_MAX_TASKS,
+    PAGE_MAX_TASKS,
+    ManageTasks,
+    ReadTask,
+)
+from gateway.ports import Key, TaskFilter
 
 
 def task_routes(
     authenticate: Authenticate,
     admin: AdminGate,
     read_task: ReadTask,
+    manage: ManageTasks,
     links: Links,
     renderer: Renderer,
 ) -> list[HTTPRouteHandler]:
@@ -40,4 +49,79 @@ def task_routes(
         note.task_id = view.id
         return Response(msgspec.json.encode(body), media_type="application/json")
 
-    return [get_task]
+    @get("/v1/tasks")
+    async def list_tasks(request: AnyRequest) -> Response[bytes]:
+        """List the tenant's tasks, newest first."""
+        key = await _key(authenticate, request)
+        query = request.query_params
+        page = _number(query.get("page"), "page", 1, 1_000_000)
+        size = _number(query.get("page_size"), "page_size", 20, PAGE_MAX_TASKS)
+        wanted = TaskFilter(_states(query.get("status")), query.get("model") or None)
+        total, lines = await manage.page(
+            key.tenant_id, wanted, page=page, page_size=size
+        )
+        data = [renderer.line(line) for line in lines]
+        return _json({"data": data, "total": total, "page": page, "page_size": size})
+
+    @post("/v1/tasks/batch", status_code=200)
+    async def batch_tasks(request: AnyRequest) -> Response[bytes]:
+        """Return several tasks at once; unknown ids are left out."""
+        key = await _key(authenticate, request)
+        ids = _task_ids(await read_json(request.receive))
+        views = await manage.batch(key.tenant_id, ids)
+        link_to = links.to(request.scope)
+        return _json({"data": [renderer.task(view, link_to) for view in views]})
+
+    @post("/v1/tasks/{task_id:str}/cancel", status_code=200)
+    async def cancel_task(request: AnyRequest, task_id: str) -> Response[bytes]:
+        """Cancel a task."""
+        key = await _key(authenticate, request)
+        view = await manage.cancel(task_id, key.tenant_id)
+        note_of(request.scope).task_id = view.id
+        return _json(renderer.task(view, links.to(request.scope)))
+
+    return [get_task, list_tasks, batch_tasks, cancel_task]
+
+
+async def _key(authenticate: Authenticate, request: AnyRequest) -> Key:
+    key = await authenticate(request.headers.get("authorization"))
+    note = note_of(request.scope)
+    note.tenant_id, note.key_id = key.tenant_id, key.id
+    return key
+
+
+def _number(text: str | None, name: str, default: int, most: int) -> int:
+    if text is None:
+        return default
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= most:
+        raise InvalidRequestError(
+            f"{name} must be a whole number from 1 to {most:,}.", param=name
+        )
+    return int(text)
+
+
+def _states(text: str | None) -> tuple[TaskState, ...]:
+    if not text:
+        return ()
+    known: dict[str, tuple[TaskState, ...]] = {s.value: (s,) for s in TaskState}
+    known["processing"] = (TaskState.PENDING, TaskState.PROCESSING)
+    if text not in known:
+        raise InvalidRequestError(
+            f"status must be one of {', '.join(known)}.", param="status"
+        )
+    return known[text]
+
+
+def _task_ids(body: object) -> list[str]:
+    ids = body.get("task_ids") if isinstance(body, dict) else None
+    texts = [each for each in ids or () if isinstance(each, str)]
+    if not isinstance(ids, list) or not 1 <= len(texts) == len(ids) <= BATCH_MAX_TASKS:
+        raise InvalidRequestError(
+            f"task_ids must be an array of 1 to {BATCH_MAX_TASKS} task ids.",
+            param="task_ids",
+        )
+    return texts
+
+
+def _json(body: dict[str, object]) -> Response[bytes]:
+    return Response(msgspec.json.encode(body), media_type="application/json")

@@ -81,4 +81,29 @@ class HoldRefused:
     variant: str
 
 
-Event = RequestFinished | AttemptFinished | TaskFinished | BreakerChanged | HoldRefused
+@dataclass(frozen=True, slots=True)
+class WebhookTried:
+    """One try of a webhook is over; ``outcome`` is delivered, retry or failed.
+
+    ``host`` is all that is told of its URL, which may hold a secret.
+    """
+
+    delivery_id: str
+    task_id: str
+    tenant_id: str
+    host: str
+    outcome: str
+    tries: int
+    duration_ms: int
+    status: int | None = None
+    error: str | None = None
+
+
+Event = (
+    RequestFinished
+    | AttemptFinished
+    | TaskFinished
+    | BreakerChanged
+    | HoldRefused
+    | WebhookTried
+)

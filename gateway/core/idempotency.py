@@ -15,7 +15,15 @@ KEY_KEPT_MS = 24 * 3600 * 1000
 """How long a key stands for its request."""
 RETRY_JOINS_MS = 10 * 60 * 1000
 """How long a library's own retry finds the request that it repeats."""
-_NOT_OF_THE_REQUEST = {"variant", "ignored", "references", "mask"}
+_NOT_OF_THE_REQUEST = {
+    "variant",
+    "ignored",
+    "references",
+    "mask",
+    "reference_params",
+    "mask_param",
+    "by_url",
+}
 
 
 class IdempotencyConflictError(GatewayError):

@@ -51,10 +51,12 @@ class RiskBook:
     spent_nanousd: int
 
 
-def may_rebuy(book: RiskBook, cost_nanousd: int) -> bool:
-    """Tell whether one more second purchase stays within one percent of the spend."""
-    if book.rebuys < REBUYS_ALWAYS:
+def may_rebuy(book: RiskBook) -> bool:
+    """Tell whether a second purchase may be made after an unknown outcome.
+
+    The book counts that outcome already. Second purchases stay within one percent of
+    the spend, or within the first few of a day.
+    """
+    if book.rebuys <= REBUYS_ALWAYS:
         return True
-    return (book.risked_nanousd + cost_nanousd) * 100 <= (
-        book.spent_nanousd * REBUY_SHARE_PERCENT
-    )
+    return book.risked_nanousd * 100 <= book.spent_nanousd * REBUY_SHARE_PERCENT

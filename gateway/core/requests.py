@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from gateway.core.catalogue import Catalogue, Operation, TokenRule, Variant
@@ -75,8 +75,9 @@ class ImageRequest:
     ``size`` None lets the model choose; ``quality`` is one of the variant's, or
     ``auto``. Fields that are None were not given. ``references`` and ``mask`` say where
     the pictures are: a URL, a data URL, a file id, or ``upload:`` and the place among
-    the files that came with the request. ``ignored`` names the fields that had no
-    effect, fit for a header.
+    the files that came with the request; ``reference_params`` and ``mask_param`` are
+    what the client calls them. ``ignored`` names the fields that had no effect, fit for
+    a header.
     """
 
     variant: Variant
@@ -93,11 +94,15 @@ class ImageRequest:
     response_format: str | None = None
     references: tuple[str, ...] = ()
     mask: str | None = None
+    reference_params: tuple[str, ...] = ()
+    mask_param: str = "mask"
     input_fidelity: str | None = None
     callback_url: str | None = None
     stream: bool = False
     partial_images: int = 0
     ignored: tuple[str, ...] = ()
+    by_url: bool = False
+    """Whether ``image_urls`` or ``mask_url`` was given: words of the task contract."""
 
     @property
     def operation(self) -> Operation:
@@ -123,9 +128,17 @@ def parse_generation(
     fields = _fields(body)
     variant = _variant(fields, catalogue)
     urls = _image_urls(fields, variant.references_max)
-    pictures = _Pictures(urls, _mask_url(fields) if urls else None, "image_urls")
+    pictures = _Pictures(
+        urls,
+        _mask_url(fields) if urls else None,
+        _named("image_urls", urls),
+        "mask_url",
+    )
     known = KNOWN_FIELDS if urls else KNOWN_FIELDS - {"mask_url"}
-    return _request(fields, variant, pictures, known, prompt_optional=prompt_optional)
+    request = _request(
+        fields, variant, pictures, known, prompt_optional=prompt_optional
+    )
+    return replace(request, by_url=bool(urls) or "mask_url" in fields)
 
 
 def parse_edit(body: object, catalogue: Catalogue) -> ImageRequest:
@@ -149,7 +162,8 @@ def parse_edit(body: object, catalogue: Catalogue) -> ImageRequest:
     )
     mask = _image_object(fields["mask"], "mask") if "mask" in fields else None
     known = _EDIT_FIELDS | {"images", "mask"}
-    return _request(fields, variant, _Pictures(references, mask, "images"), known)
+    names = tuple(f"images[{place}]" for place in range(len(references)))
+    return _request(fields, variant, _Pictures(references, mask, names, "mask"), known)
 
 
 def parse_edit_form(
@@ -173,14 +187,22 @@ def parse_edit_form(
         )
     references = tuple(f"{UPLOAD_SCHEME}{place}" for place in range(images))
     mask = f"{UPLOAD_SCHEME}{images}" if has_mask else None
-    return _request(fields, variant, _Pictures(references, mask, "image"), _EDIT_FIELDS)
+    pictures = _Pictures(references, mask, _named("image", references), "mask")
+    return _request(fields, variant, pictures, _EDIT_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
 class _Pictures:
     references: tuple[str, ...]
     mask: str | None
-    param: str
+    reference_params: tuple[str, ...]
+    mask_param: str
+
+
+def _named(param: str, references: tuple[str, ...]) -> tuple[str, ...]:
+    if len(references) == 1:
+        return (param,)
+    return tuple(f"{param}[{place}]" for place in range(len(references)))
 
 
 def _request(
@@ -217,6 +239,8 @@ def _request(
         response_format=_choice(fields, "response_format", RESPONSE_FORMATS),
         references=pictures.references,
         mask=pictures.mask,
+        reference_params=pictures.reference_params,
+        mask_param=pictures.mask_param,
         input_fidelity=fidelity if takes_fidelity else None,
         callback_url=_callback_url(fields),
         stream=_flag(fields, "stream"),

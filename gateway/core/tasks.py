@@ -6,9 +6,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from gateway.core.errors import RateLimitedError
+
 TASK_ID_PREFIX = "task-unified-"
 TASK_ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 TASK_ID_CHARS = 8
+QUEUE_MAX_TASKS = 10_000
+QUEUE_MAX_TASKS_PER_TENANT = 1_000
+QUEUE_RETRY_AFTER_S = 30
+TAKEOVERS_MAX = 5
+"""So many times a task may be taken over from a worker that stopped renewing."""
+CANCELLED_JSON = (
+    '{"code": "request_cancelled", "message": "The task was cancelled. You were not '
+    'charged.", "type": "task_error"}'
+)
 HOLD_KEPT_MS = 900_000
 """How long after its deadline a task may still be settled by its own process."""
 
@@ -82,6 +93,28 @@ def after_crash(mode: DeliveryMode, attempts: Iterable[AttemptTrace]) -> Recover
     if any(a.state is AttemptState.SENDING for a in trail):
         return Recovery.GIVE_UP
     return Recovery.GIVE_UP if mode is DeliveryMode.SYNC else Recovery.ROUTE_AGAIN
+
+
+class FencedError(Exception):
+    """Somebody else has claimed the task: whatever was to be written is void."""
+
+
+class QueueFullError(RateLimitedError):
+    """As many tasks wait as may wait."""
+
+    code = "queue_full"
+
+
+def queue_full(*, mine: bool) -> QueueFullError:
+    """Say that no more tasks may wait, of the tenant or of all together."""
+    whose, most = ("your tasks", QUEUE_MAX_TASKS_PER_TENANT)
+    if not mine:
+        whose, most = ("tasks", QUEUE_MAX_TASKS)
+    return QueueFullError(
+        f"{most:,} of {whose} are waiting, and no more may. Try again after the time "
+        "in Retry-After.",
+        retry_after_s=QUEUE_RETRY_AFTER_S,
+    )
 
 
 def task_id_for(created_s: int, suffix: str) -> str:

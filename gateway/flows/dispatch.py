@@ -18,6 +18,7 @@ from gateway.core.routing import Candidate, Decision, Moment, Next, Wish
 from gateway.core.tasks import AttemptState
 from gateway.ports import (
     AttemptEnd,
+    AttemptRecord,
     Clock,
     Events,
     HealthBoard,
@@ -41,6 +42,7 @@ ATTEMPT_MAX_MS = 240_000
 ANSWER_RESERVE_MS = 5_000
 """Kept back from the deadline for storing, settling and answering."""
 POLL_MIN_S = 0.2
+PATIENT_LOOK_S = 3.0
 POLL_FAILURES_MAX = 30
 REREADABLE = frozenset(
     {
@@ -72,6 +74,11 @@ class Order:
     deadline_ms: int
     today: str
     on_partial: Callable[[Partial], None] | None = None
+    fence: int = 0
+    history: tuple[AttemptRecord, ...] = ()
+    """Attempts that another worker made before it was lost."""
+    patient: bool = False
+    """Whether to wait, up to the deadline, while every offer is shut or resting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +159,8 @@ class Dispatcher:
         self.budget = limits.earned(self.budget, self.clock.monotonic_ms())
         tried: set[str] = set()
         try:
+            if not await self._resumed(order, purchase, tried):
+                return purchase
             while purchase.missing and len(tried) < routing.ATTEMPTS_MAX:
                 chosen = await self._choose(order, purchase, frozenset(tried))
                 if chosen is None:
@@ -159,7 +168,7 @@ class Dispatcher:
                 failed, short = await self._round(order, purchase, *chosen)
                 if failed or short:
                     tried.add(chosen[0].id)
-                if not await self._goes_on(order, purchase, failed):
+                if not await self._goes_on(purchase, failed):
                     break
         except ServiceUnavailableError as error:
             # A library's own retry could buy again what an attempt has bought.
@@ -167,6 +176,67 @@ class Dispatcher:
             if not purchase.lots:
                 raise
         return purchase
+
+    async def _resumed(self, order: Order, purchase: Purchase, tried: set[str]) -> bool:
+        # Takes up what a lost worker left; tells whether there is more to buy.
+        offers = {offer.id: offer for offer in order.offers}
+        lost: list[Failure] = []
+        for attempt in order.history:
+            purchase.attempts = max(purchase.attempts, attempt.seq)
+            tried.add(attempt.offer_id)
+            offer = offers.get(attempt.offer_id)
+            if offer is None or attempt.finished_ms is not None:
+                continue
+            result = await self._taken_up(order, offer, attempt)
+            if isinstance(result, Failure):
+                lost.append(result)
+                continue
+            purchase.lots.append(result)
+            made = len(result.done.images)
+            purchase.missing = max(0, purchase.missing - made)
+        purchase.failures.extend(lost)
+        return await self._goes_on(purchase, lost)
+
+    async def _taken_up(
+        self, order: Order, offer: Offer, attempt: AttemptRecord
+    ) -> Lot | Failure:
+        call = _Call(
+            order=order,
+            offer=offer,
+            seq=attempt.seq,
+            job=_job_at(offer, order.job, order.job.n),
+            estimate_nanousd=attempt.estimate_nanousd,
+            started_ms=attempt.started_ms,
+            started_mono_ms=self.clock.monotonic_ms(),
+        )
+        progress = _Progress(accepted=attempt.job_id is not None)
+        try:
+            done = await self._polled(call, attempt.job_id)
+        except ProviderError as error:
+            end = call.failed(error, self.clock.now_ms())
+            await self.store.end_attempt(end)
+            self._tell(call, end)
+            return Failure(offer, error, progress.accepted)
+        end = call.won(done, self.clock.now_ms())
+        self._tell(call, end)
+        return Lot(offer, done, end, asked=order.job.n)
+
+    async def _polled(self, call: _Call, job_id: str | None) -> Done:
+        if job_id is None:
+            raise ProviderError(
+                FailureKind.TIMEOUT, "the worker was lost while the call was out"
+            )
+        left_ms = call.order.deadline_ms - ANSWER_RESERVE_MS
+        limit_s = max(0, left_ms - self.clock.monotonic_ms()) / 1000
+        provider = self.providers[call.offer.upstream]
+        try:
+            async with asyncio.timeout(limit_s):
+                job = replace(call.job, deadline_s=limit_s)
+                return await self._finished(provider, job, Pending(job_id, 0.0))
+        except TimeoutError:
+            raise ProviderError(
+                FailureKind.TIMEOUT, f"the job did not end in {limit_s:.0f} s"
+            ) from None
 
     async def _choose(
         self, order: Order, purchase: Purchase, tried: frozenset[str]
@@ -187,7 +257,12 @@ class Dispatcher:
                 return chosen
             full = [c.offer.id for c in decision.left_out if c.waits]
             full += [c.offer.id for c in decision.ranked]
-            if not full or not await self.board.wait_for_slot(full, left_ms / 1000):
+            if full:
+                if not await self.board.wait_for_slot(full, left_ms / 1000):
+                    return None
+            elif order.patient and decision.soonest_retry_ms is not None:
+                await self.clock.sleep(min(PATIENT_LOOK_S, left_ms / 1000))
+            else:
                 return None
 
     async def _admitted(
@@ -219,9 +294,7 @@ class Dispatcher:
             order.wish, priced, health, Moment(order.today, left_ms), tried=tried
         )
 
-    async def _goes_on(
-        self, order: Order, purchase: Purchase, failed: list[Failure]
-    ) -> bool:
+    async def _goes_on(self, purchase: Purchase, failed: list[Failure]) -> bool:
         # A round may fail in several ways at once; the strictest decides.
         for failure in failed:
             kind = failure.error.kind
@@ -232,9 +305,7 @@ class Dispatcher:
             )
             if rule is Next.NEVER or repeated:
                 return False
-            if rule is Next.IF_AFFORDABLE and not await self._affordable(
-                order, purchase, failure
-            ):
+            if rule is Next.IF_AFFORDABLE and not await self._affordable():
                 return False
         if any(failure.error.kind in routing.NEEDS_BUDGET for failure in failed):
             left = limits.spent(self.budget, self.clock.monotonic_ms())
@@ -243,13 +314,9 @@ class Dispatcher:
             self.budget = left
         return True
 
-    async def _affordable(
-        self, order: Order, purchase: Purchase, failure: Failure
-    ) -> bool:
+    async def _affordable(self) -> bool:
         since_ms = self.clock.now_ms() - limits.REBUY_WINDOW_MS
-        book = await self.store.risk_book(since_ms)
-        cost_nanousd = order.cost_nanousd(failure.offer, purchase.missing) or 0
-        return limits.may_rebuy(book, cost_nanousd)
+        return limits.may_rebuy(await self.store.risk_book(since_ms))
 
     async def _round(
         self, order: Order, purchase: Purchase, offer: Offer, permit: Permit
@@ -329,6 +396,7 @@ class Dispatcher:
                 upstream=call.offer.upstream,
                 estimate_nanousd=call.estimate_nanousd,
                 started_ms=call.started_ms,
+                fence=call.order.fence,
             ),
             decision_json(decision) if call.seq == 1 and decision else None,
         )

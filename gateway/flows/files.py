@@ -27,10 +27,9 @@ from gateway.ports import (
 )
 from providers.kit.contract import Payload
 from providers.kit.images import (
-    HEADER_MAX_BYTES,
     ImageHeader,
     NotAnImageError,
-    read_header,
+    read_payload_header,
 )
 
 FILE_KEPT_MS = 72 * 3600 * 1000
@@ -222,8 +221,7 @@ def upload_spool(spools: Spools) -> WritableSpool:
 def read_picture(content: Payload, param: str) -> ImageHeader:
     """Read and check the header of a raw picture.
 
-    It is read as far as a header may go, so that marks behind a large profile (the
-    animation of a PNG) are seen as well.
+    Marks behind a large profile (the animation of a PNG) are seen as well.
 
     Raises:
         InvalidRequestError: it is no picture that a model could use.
@@ -232,13 +230,8 @@ def read_picture(content: Payload, param: str) -> ImageHeader:
     assert content.encoding == "raw", content.encoding
     if content.size_bytes > IMAGE_MAX_BYTES:
         raise too_large(param)
-    start = bytearray()
-    for chunk in content.chunks():
-        start += chunk
-        if len(start) >= HEADER_MAX_BYTES:
-            break
     try:
-        header = read_header(bytes(start))
+        header = read_payload_header(content)
     except NotAnImageError as error:
         raise not_an_image(param) from error
     check_reference(header, content.size_bytes, param)

@@ -24,10 +24,11 @@ from gateway.core.errors import (
 )
 from gateway.core.events import HoldRefused, TaskFinished
 from gateway.core.ledger import Balance, Settled
+from gateway.core.orders import class_of, order_json
 from gateway.core.requests import ImageRequest
 from gateway.core.routing import Wish
 from gateway.core.sizes import Size
-from gateway.core.tasks import DeliveryMode, TaskState
+from gateway.core.tasks import CANCELLED_JSON, DeliveryMode, TaskState
 from gateway.core.tokens import (
     AUTO_SIZE,
     estimated_usage,
@@ -45,7 +46,9 @@ from gateway.flows.inputs import NO_INPUTS, Inputs
 from gateway.flows.results import Results
 from gateway.flows.tasks import Facts, Picture, TaskView
 from gateway.ports import (
+    AttemptRecord,
     Chance,
+    Claimed,
     Clock,
     Events,
     Key,
@@ -66,6 +69,7 @@ from providers.kit.contract import (
 )
 
 SYNC_DEADLINE_MS = 300_000
+ASYNC_DEADLINE_MS = 900_000
 SETTLE_TRIES_MAX = 30
 SETTLE_PAUSE_S = 1.0
 RETRY_AFTER_MAX_S = 60
@@ -76,12 +80,17 @@ RETRY_AFTER_DEFAULT_S = 5
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A task whose hold is committed: from here a crash loses nothing."""
+    """A task whose hold is committed: from here a crash loses nothing.
+
+    ``fence`` is that of a worker's claim, ``history`` what another worker left.
+    """
 
     task: NewTask
     request: ImageRequest
     deadline_mono_ms: int
     inputs: Inputs = NO_INPUTS
+    fence: int = 0
+    history: tuple[AttemptRecord, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +113,13 @@ class Once:
 
 
 NOT_ONCE = Once()
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """Says that a task is async. ``origin`` is where its links begin."""
+
+    origin: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +171,12 @@ class Generate:
         key: Key,
         inputs: Inputs = NO_INPUTS,
         once: Once = NOT_ONCE,
+        later: Later | None = None,
     ) -> Accepted | Repeated:
         """Hold the most that the request can cost.
+
+        With ``later`` the task is put into the queue for a worker; else it is the
+        caller's to carry out.
 
         ``Repeated`` when its idempotency key stands for an earlier task: then nothing
         was held. The inputs stay with the caller, unless it is accepted: then
@@ -165,6 +185,7 @@ class Generate:
         Raises:
             InsufficientCreditsError: it is not there; nothing was held.
             IdempotencyConflictError: the key stands for another request.
+            QueueFullError: as many tasks wait as may wait.
             ServiceUnavailableError: no upstream is configured for the variant, or the
                 store cannot be written.
         """
@@ -176,19 +197,24 @@ class Generate:
                 client_may_retry=False,
             )
         now_ms = self.clock.now_ms()
+        lasts_ms = ASYNC_DEADLINE_MS if later is not None else SYNC_DEADLINE_MS
         task = NewTask(
             id=task_id,
             tenant_id=key.tenant_id,
             key_id=key.id,
             variant=request.variant.name,
             operation=request.operation.value,
-            mode=DeliveryMode.SYNC,
+            mode=DeliveryMode.SYNC if later is None else DeliveryMode.ASYNC,
             request_json=json.dumps(_facts_of(request)),
             hold_nanocredits=pricing.hold_nanocredits(request),
             created_ms=now_ms,
-            deadline_ms=now_ms + SYNC_DEADLINE_MS,
+            deadline_ms=now_ms + lasts_ms,
             fingerprint=once.fingerprint,
             idempotency_key=once.idempotency_key,
+            callback_url=request.callback_url,
+            origin=later.origin if later is not None else "",
+            task_class=class_of(request),
+            order_json=_order_json(request) if later is not None else None,
         )
         try:
             earlier = await self.store.open(task)
@@ -197,7 +223,7 @@ class Generate:
             raise
         if earlier is not None:
             return Repeated(earlier)
-        deadline_ms = self.clock.monotonic_ms() + SYNC_DEADLINE_MS
+        deadline_ms = self.clock.monotonic_ms() + lasts_ms
         return Accepted(task, request, deadline_ms, inputs)
 
     async def carry_out(
@@ -276,6 +302,7 @@ class Generate:
             error_json=json.dumps(task_error(error)),
             route_json=_route_json(purchase),
             forget_key=error.status in MAY_TRY_AGAIN,
+            fence=accepted.fence,
             attempts=tuple(
                 replace(lot.end, won=False)
                 for lot in (purchase.lots if purchase else ())
@@ -283,6 +310,44 @@ class Generate:
         )
         settled = await self._finish(end)
         self._tell(accepted, end, settled, purchase, error)
+
+    async def cancel(self, accepted: Accepted) -> None:
+        """Close a task that its owner cancelled while it was under way, for free.
+
+        A call that was out may have been billed: it is booked as waste.
+        """
+        end = TaskEnd(
+            task_id=accepted.task.id,
+            state=TaskState.CANCELLED,
+            finished_ms=self.clock.now_ms(),
+            due_nanocredits=0,
+            usage=None,
+            usage_source="none",
+            error_json=CANCELLED_JSON,
+            fence=accepted.fence,
+        )
+        settled = await self._finish(end)
+        self._tell(accepted, end, settled, None, None)
+
+    async def abandon(self, claimed: Claimed) -> None:
+        """Close a task that nobody can carry out, for free."""
+        error = ServiceUnavailableError(
+            "The gateway could not carry this task out. You were not charged. Send the "
+            "request again."
+        )
+        await self._finish(
+            TaskEnd(
+                task_id=claimed.record.id,
+                state=TaskState.FAILED,
+                finished_ms=self.clock.now_ms(),
+                due_nanocredits=0,
+                usage=None,
+                usage_source="none",
+                error_json=json.dumps(task_error(error)),
+                forget_key=True,
+                fence=claimed.fence,
+            )
+        )
 
     async def _convert(self, request: ImageRequest, purchase: Purchase) -> None:
         # What an upstream gave in another format than was asked for. A picture that
@@ -349,6 +414,7 @@ class Generate:
             ),
             attempts=tuple(lot.end for lot in purchase.lots),
             results=kept,
+            fence=accepted.fence,
         )
         settled = await self._finish(end)
         self._tell(accepted, end, settled, purchase, None)
@@ -396,6 +462,9 @@ class Generate:
             cost_nanousd=cost_nanousd,
             deadline_ms=accepted.deadline_mono_ms,
             today=self.today(),
+            fence=accepted.fence,
+            history=accepted.history,
+            patient=accepted.task.mode is DeliveryMode.ASYNC,
         )
 
     def _tell(
@@ -492,6 +561,11 @@ def _facts_of(request: ImageRequest) -> dict[str, object]:
         "response_format": request.response_format,
         "prompt_chars": len(request.prompt),
     }
+
+
+def _order_json(request: ImageRequest) -> str:
+    pictures = len(request.references)
+    return order_json(request, pictures, has_mask=request.mask is not None)
 
 
 def _job(accepted: Accepted, each: Usage) -> ImageJob:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import binascii
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 from gateway.core.errors import InvalidRequestError
 from gateway.core.images import IMAGE_MAX_BYTES, check_mask
@@ -28,10 +29,13 @@ from providers.kit.contract import InputFile, Payload
 from providers.kit.payloads import BrokenBase64Error, raw_chunks
 
 FETCHES_MAX_PER_REQUEST = 4
+FETCHES_MAX_PER_TENANT = 8
+"""So that one tenant's slow hosts leave turns to the others."""
 FETCH_MAX_S = 30.0
 ALL_FETCHES_MAX_S = 120.0
 COPY_BYTES = 64 * 1024
 DATA_MARK = "data:#"
+INPUTS_MAX = 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,7 @@ class Inputs:
 
     def close(self) -> None:
         """Give the spools back."""
-        for file in (*self.references, *((self.mask,) if self.mask else ())):
+        for file in _all(self):
             file.payload.close()
 
 
@@ -64,6 +68,9 @@ class LoadInputs:
     uploads: BlobStore
     spools: Spools
     clock: Clock
+    _tenant_gates: WeakValueDictionary[str, asyncio.Semaphore] = field(
+        default_factory=WeakValueDictionary
+    )
 
     async def __call__(
         self, request: ImageRequest, tenant_id: str, brought: Sequence[Payload]
@@ -80,15 +87,18 @@ class LoadInputs:
             InvalidRequestError: a picture cannot be had or cannot be used; ``param``
                 names it.
         """
-        places = [
-            (located, _param(request, i))
-            for i, located in enumerate(request.references)
-        ]
+        names = request.reference_params or ("image_urls",) * len(request.references)
+        places = list(zip(request.references, names, strict=True))
         if request.mask is not None:
-            places.append((request.mask, "mask"))
-        gate = asyncio.Semaphore(FETCHES_MAX_PER_REQUEST)
+            places.append((request.mask, request.mask_param))
+        gates = (
+            asyncio.Semaphore(FETCHES_MAX_PER_REQUEST),
+            self._tenant_gates.setdefault(
+                tenant_id, asyncio.Semaphore(FETCHES_MAX_PER_TENANT)
+            ),
+        )
         loads = [
-            asyncio.ensure_future(self._load(place, tenant_id, brought, gate))
+            asyncio.ensure_future(self._load(place, tenant_id, brought, gates))
             for place in places
         ]
         try:
@@ -100,7 +110,7 @@ class LoadInputs:
             raise InvalidRequestError(
                 f"The reference images did not arrive in {ALL_FETCHES_MAX_S:.0f} s. "
                 "Use a faster host, or upload them.",
-                param="image_urls",
+                param=names[0],
                 code="image_fetch_failed",
             ) from None
         except BaseException:
@@ -112,7 +122,7 @@ class LoadInputs:
         place: tuple[str, str],
         tenant_id: str,
         brought: Sequence[Payload],
-        gate: asyncio.Semaphore,
+        gates: tuple[asyncio.Semaphore, asyncio.Semaphore],
     ) -> tuple[Payload, str]:
         located, param = place
         if located.startswith((UPLOAD_SCHEME, DATA_MARK)):
@@ -124,7 +134,7 @@ class LoadInputs:
             elif located[:5].lower() == "data:":
                 await _decode_inline(located, param, spool)
             else:
-                async with gate:
+                async with gates[0], gates[1]:
                     await self._fetch(located, param, spool)
         except BaseException:
             spool.close()
@@ -182,24 +192,76 @@ class LoadInputs:
             opened.close()
 
 
+@dataclass(frozen=True, slots=True)
+class KeptInputs:
+    """Keeps the pictures of an async task until it is over."""
+
+    blobs: BlobStore
+    spools: Spools
+
+    async def keep(self, task_id: str, inputs: Inputs) -> None:
+        """Store references and mask, durably, before the task is made.
+
+        Raises:
+            ServiceUnavailableError: the disk does not take them.
+        """
+        for place, file in enumerate(_all(inputs)):
+            await self.blobs.keep_file(f"{task_id}/{place}", file.payload)
+
+    async def load(self, task_id: str, request: ImageRequest) -> Inputs:
+        """Bring what was kept back into spools."""
+        count = len(request.references) + (request.mask is not None)
+        loaded = [await self._load(f"{task_id}/{place}") for place in range(count)]
+        if request.mask is None:
+            return Inputs(tuple(loaded))
+        return Inputs(tuple(loaded[:-1]), loaded[-1])
+
+    async def forget(self, task_id: str) -> None:
+        """Delete what was kept for a task."""
+        for place in range(INPUTS_MAX):
+            blob = f"{task_id}/{place}"
+            if not await self.blobs.exists(blob):
+                return
+            await self.blobs.delete(blob)
+
+    async def _load(self, blob: str) -> InputFile:
+        opened = await self.blobs.open(blob)
+        if opened is None:
+            raise InvalidRequestError(
+                "A picture of this task is not kept any more.",
+                param="image_urls",
+                code="resource_not_found",
+            )
+        spool = self.spools.open("raw", limit_bytes=IMAGE_MAX_BYTES)
+        try:
+            for offset in range(0, opened.size_bytes, COPY_BYTES):
+                spool.append(opened.read(offset, COPY_BYTES))
+                await asyncio.sleep(0)
+            return _input_file(spool, "image_urls")
+        except BaseException:
+            spool.close()
+            raise
+        finally:
+            opened.close()
+
+
+def _all(inputs: Inputs) -> tuple[InputFile, ...]:
+    return (*inputs.references, *((inputs.mask,) if inputs.mask else ()))
+
+
 def _checked(request: ImageRequest, loaded: list[tuple[Payload, str]]) -> Inputs:
     files = [_input_file(payload, param) for payload, param in loaded]
     if request.mask is None:
         return Inputs(tuple(files))
     *references, mask = files
-    check_mask(read_picture(mask.payload, "mask"), references[0], "mask")
+    header = read_picture(mask.payload, request.mask_param)
+    check_mask(header, references[0], request.mask_param)
     return Inputs(tuple(references), mask)
 
 
 def _input_file(payload: Payload, param: str) -> InputFile:
     header = read_picture(payload, param)
     return InputFile(payload, header.media_type, header.width_px, header.height_px)
-
-
-def _param(request: ImageRequest, index: int) -> str:
-    located = request.references[index]
-    name = "image" if located.startswith(UPLOAD_SCHEME) else "image_urls"
-    return f"{name}[{index}]" if len(request.references) > 1 else name
 
 
 async def _decode_inline(located: str, param: str, spool: WritableSpool) -> None:

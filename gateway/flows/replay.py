@@ -11,15 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from gateway.core.errors import DeadlineExceededError, GatewayError, NotFoundError
+from gateway.core.errors import GatewayError, NotFoundError
 from gateway.core.idempotency import KEY_KEPT_MS, RETRY_JOINS_MS
 from gateway.core.tasks import TaskState
-from gateway.flows.generate import SYNC_DEADLINE_MS, Once
+from gateway.flows.generate import Once
 from gateway.flows.tasks import Picture, ReadTask, TaskView
 from gateway.ports import BlobStore, Clock, Earlier, Key, OpenBlob, TaskStore
 from providers.kit.contract import MadeImage
 
 LOOK_EVERY_S = 0.25
+JOIN_MAX_S = 300.0
 CHUNK_BYTES = 48 * 1024
 
 
@@ -51,27 +52,25 @@ class Replay:
             )
         )
 
-    async def join(self, task_id: str, key: Key, *, links: bool) -> TaskView:
+    async def join(
+        self, task_id: str, key: Key, *, links: bool, within_s: float = JOIN_MAX_S
+    ) -> TaskView:
         """Wait for a task, and return it with its pictures at hand.
 
-        ``links`` leaves the pictures in the store, to be linked to.
+        ``links`` leaves the pictures in the store, to be linked to. A task that is not
+        over ``within_s`` is returned as it is then.
 
         Raises:
             GatewayError: the task failed; the error is the one that it failed with.
         """
-        until_ms = self.clock.monotonic_ms() + SYNC_DEADLINE_MS
+        until_ms = self.clock.monotonic_ms() + round(within_s * 1000)
         view = await self.read_task(task_id, key.tenant_id)
-        while not view.state.final:
-            if self.clock.monotonic_ms() >= until_ms:
-                raise DeadlineExceededError(
-                    "The request that this one repeats is still under way. Read its "
-                    "task by the id in X-Task-Id."
-                )
+        while not view.state.final and self.clock.monotonic_ms() < until_ms:
             await self.clock.sleep(LOOK_EVERY_S)
             view = await self.read_task(task_id, key.tenant_id)
-        if view.state is not TaskState.COMPLETED:
+        if view.state.final and view.state is not TaskState.COMPLETED:
             raise _failure_of(view)
-        if links:
+        if links or not view.state.final:
             return view
         pictures = [await self._at_hand(picture) for picture in view.pictures]
         made = tuple(picture for picture in pictures if picture is not None)
@@ -82,6 +81,10 @@ class Replay:
                 code="result_expired",
             )
         return replace(view, pictures=made)
+
+    async def read(self, task_id: str, key: Key) -> TaskView:
+        """Return a task as it is now."""
+        return await self.read_task(task_id, key.tenant_id)
 
     async def _at_hand(self, picture: Picture) -> Picture | None:
         opened = await self.blobs.open(picture.blob) if picture.blob else None

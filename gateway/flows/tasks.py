@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from gateway.core import tasks as rules
-from gateway.core.errors import InvalidRequestError, NotFoundError
+from gateway.core.errors import ConflictError, InvalidRequestError, NotFoundError
 from gateway.core.tasks import DeliveryMode, TaskState
-from gateway.ports import BlobStore, Clock, StoredResult, TaskRecord, TaskStore
+from gateway.ports import (
+    BlobStore,
+    Clock,
+    Queue,
+    StoredResult,
+    TaskFilter,
+    TaskLine,
+    TaskRecord,
+    TaskStore,
+)
 from providers.kit.contract import MadeImage, Usage
+
+PROGRESS_MAX = 95
+USUAL_UNKNOWN_MS = 100_000
+"""What is told of a kind of task that never was completed yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +71,9 @@ class TaskView:
     pictures: tuple[Picture, ...] = ()
     error: Mapping[str, object] | None = None
     record: TaskRecord | None = field(default=None, repr=False)
+    progress: int = 100
+    estimated_s: int = 0
+    can_cancel: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +81,7 @@ class ReadTask:
     """Reads a task for its tenant, or for an admin."""
 
     store: TaskStore
+    queue: Queue
     blobs: BlobStore
     clock: Clock
 
@@ -99,6 +117,10 @@ class ReadTask:
             if result.expires_ms > now_ms and await self.blobs.exists(result.blob)
         ]
         answer = json.loads(record.answer_json) if record.answer_json else None
+        usual_ms = None
+        if not record.state.final:
+            usual_ms = await self.queue.usual_ms(record.task_class)
+        expected_s = (usual_ms or USUAL_UNKNOWN_MS) // 1000 or 1
         return TaskView(
             id=record.id,
             created_s=record.created_ms // 1000,
@@ -113,7 +135,20 @@ class ReadTask:
             pictures=tuple(pictures),
             error=_task_error(record),
             record=record,
+            progress=_progress(record, now_ms, expected_s),
+            estimated_s=0 if record.state.final else expected_s,
+            can_cancel=not record.state.final and record.mode is DeliveryMode.ASYNC,
         )
+
+
+def _progress(record: TaskRecord, now_ms: int, expected_s: int) -> int:
+    # Nobody knows how far a model is: what is shown is the share of the usual time.
+    if record.state.final:
+        return 100
+    if record.state is TaskState.PENDING or record.started_ms is None:
+        return 0
+    took_s = (now_ms - record.started_ms) / 1000
+    return max(1, min(PROGRESS_MAX, round(100 * took_s / expected_s)))
 
 
 def _task_error(record: TaskRecord) -> dict[str, object] | None:
@@ -133,3 +168,51 @@ def _picture(result: StoredResult) -> Picture:
         blob=result.blob,
         expires_ms=result.expires_ms,
     )
+
+
+BATCH_MAX_TASKS = 50
+PAGE_MAX_TASKS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class ManageTasks:
+    """Lists a tenant's tasks and cancels them."""
+
+    queue: Queue
+    read_task: ReadTask
+    clock: Clock
+
+    async def page(
+        self, tenant_id: str, wanted: TaskFilter, *, page: int, page_size: int
+    ) -> tuple[int, Sequence[TaskLine]]:
+        """List tasks, newest first, with their number; pages count from 1."""
+        return await self.queue.tasks(
+            tenant_id, wanted, offset=(page - 1) * page_size, limit=page_size
+        )
+
+    async def batch(self, tenant_id: str, task_ids: Sequence[str]) -> list[TaskView]:
+        """Read several tasks; those that are not there are left out."""
+        views = []
+        for task_id in dict.fromkeys(task_ids):
+            if rules.is_task_id(task_id):
+                with suppress(NotFoundError):
+                    views.append(await self.read_task(task_id, tenant_id))
+        return views
+
+    async def cancel(self, task_id: str, tenant_id: str) -> TaskView:
+        """Cancel a task: at once and for free while it waits, soon while it runs.
+
+        Raises:
+            InvalidRequestError: the id has not the form of a task id.
+            NotFoundError: there is no such task, or it is another tenant's.
+            ConflictError: it is a sync task, or it is over.
+        """
+        before = await self.read_task(task_id, tenant_id)
+        if not before.can_cancel and before.state is not TaskState.CANCELLED:
+            raise ConflictError(
+                "Only an async task that is pending or processing can be cancelled; "
+                f"this one is {before.mode.value} and {before.state.value}.",
+                code="task_not_cancellable",
+            )
+        await self.queue.cancel(task_id, tenant_id, now_ms=self.clock.now_ms())
+        return await self.read_task(task_id, tenant_id)

@@ -1,17 +1,23 @@
-"""Reads type and size of a picture from its first bytes. Nothing is ever decoded."""
+"""Reads type and size of a picture from its header. Nothing is ever decoded."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from providers.kit.contract import Payload
 from providers.kit.payloads import BrokenBase64Error, raw_chunks
 
-HEADER_MAX_BYTES = 1024 * 1024
-"""A header is looked for in so many first bytes (JPEG puts profiles before it)."""
+HEADER_MAX_BYTES = 16 * 1024 * 1024
+"""So far a header is followed to the first pixels: texts and profiles come before."""
+HEADER_MAX_PARTS = 4_096
+"""Chunks or segments of a header."""
 
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_MARKS = frozenset({b"tRNS", b"acTL"})
+_JPEG_SIGNATURE = b"\xff\xd8\xff"
+_SIGNATURE_BYTES = 12
 _PNG_EDGE_MAX_PX = 2**31 - 1
 _JPEG_SOF = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _JPEG_SKIPPED = frozenset({0xC4, 0xCC, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE})
@@ -24,6 +30,13 @@ _LENGTH_BYTES = 2
 
 class NotAnImageError(ValueError):
     """Not a PNG, JPEG or WebP whose header can be read."""
+
+
+class LongHeaderError(NotAnImageError):
+    """A header that does not end within its limits."""
+
+    def __init__(self) -> None:
+        super().__init__("its header is too long")
 
 
 class TruncatedImageError(NotAnImageError):
@@ -49,43 +62,83 @@ def read_header(prefix: bytes) -> ImageHeader:
 
     Raises:
         TruncatedImageError: the start of a picture, and too little of it.
-        NotAnImageError: anything else, and a header beyond ``HEADER_MAX_BYTES``.
+        LongHeaderError: it does not end within its limits.
+        NotAnImageError: anything else.
     """
-    prefix = prefix[:HEADER_MAX_BYTES]
-    if prefix.startswith(b"\x89PNG\r\n\x1a\n"):
-        return _png(prefix)
-    if prefix.startswith(b"\xff\xd8\xff"):
-        return _jpeg(prefix)
-    if prefix.startswith(b"RIFF") and prefix[8:12] == b"WEBP":
-        return _webp(prefix)
-    raise NotAnImageError("not a PNG, JPEG or WebP")
+    return _read(_Walk(iter([prefix])))
 
 
 def read_payload_header(payload: Payload) -> ImageHeader:
-    """Read the header of a spooled picture, decoding only as much as is needed.
+    """Read the header of a spooled picture, as far as its first pixels.
+
+    What is stepped over is not kept.
 
     Raises:
         NotAnImageError: as ``read_header``; also when the base64 is broken.
+        OSError: the payload cannot be read.
     """
-    start = b""
     try:
-        for raw in raw_chunks(payload):
-            start += raw
-            try:
-                return read_header(start)
-            except TruncatedImageError:
-                if len(start) >= HEADER_MAX_BYTES:
-                    break
+        return _read(_Walk(raw_chunks(payload)))
     except BrokenBase64Error as error:
         raise NotAnImageError("broken base64") from error
-    raise NotAnImageError("no whole header of a picture")
 
 
-def _take(data: bytes, at: int, count: int) -> bytes:
-    piece = data[at : at + count]
-    if len(piece) < count:
-        raise TruncatedImageError("the header is cut off")
-    return piece
+@dataclass(slots=True)
+class _Walk:
+    """Goes once through the first bytes of a file, and no further than it may."""
+
+    chunks: Iterator[bytes]
+    left_bytes: int = HEADER_MAX_BYTES
+    left_parts: int = HEADER_MAX_PARTS
+    rest: memoryview = field(default_factory=lambda: memoryview(b""))
+
+    def peek(self, count: int) -> bytes:
+        """Look at the next bytes, fewer where the file ends."""
+        while len(self.rest) < count:
+            chunk = next(self.chunks, None)
+            if chunk is None:
+                break
+            self.rest = memoryview(bytes(self.rest) + chunk)
+        return bytes(self.rest[:count])
+
+    def take(self, count: int) -> bytes:
+        taken = b""
+        while len(taken) < count:
+            taken += self._next(count - len(taken))
+        return taken
+
+    def skip(self, count: int) -> None:
+        while count > 0:
+            count -= len(self._next(count))
+
+    def enter_part(self) -> None:
+        """Count a chunk or segment: tiny ones take long to walk, too."""
+        self.left_parts -= 1
+        if self.left_parts < 0:
+            raise LongHeaderError
+
+    def _next(self, at_most: int) -> memoryview:
+        while not self.rest:
+            chunk = next(self.chunks, None)
+            if chunk is None:
+                raise TruncatedImageError("the header is cut off")
+            self.rest = memoryview(chunk)
+        given, self.rest = self.rest[:at_most], self.rest[at_most:]
+        self.left_bytes -= len(given)
+        if self.left_bytes < 0:
+            raise LongHeaderError
+        return given
+
+
+def _read(walk: _Walk) -> ImageHeader:
+    start = walk.peek(_SIGNATURE_BYTES)
+    if start.startswith(_PNG_SIGNATURE):
+        return _png(walk)
+    if start.startswith(_JPEG_SIGNATURE):
+        return _jpeg(walk)
+    if start.startswith(b"RIFF") and start[8:] == b"WEBP":
+        return _webp(walk)
+    raise NotAnImageError("not a PNG, JPEG or WebP")
 
 
 def _header(
@@ -96,10 +149,11 @@ def _header(
     return ImageHeader(media_type, *size_px, has_alpha=alpha, animated=animated)
 
 
-def _png(data: bytes) -> ImageHeader:
+def _png(walk: _Walk) -> ImageHeader:
     # Signature (8), length (4), "IHDR" (4), 13 bytes of which the first 10 are width,
     # height, depth, colour type; then the CRC over name and content.
-    chunk = _take(data, 8, 25)
+    walk.skip(len(_PNG_SIGNATURE))
+    chunk = walk.take(25)
     if chunk[:8] != b"\x00\x00\x00\x0dIHDR":
         raise NotAnImageError("a PNG that does not start with its header")
     if zlib.crc32(chunk[4:21]) != int.from_bytes(chunk[21:], "big"):
@@ -108,73 +162,75 @@ def _png(data: bytes) -> ImageHeader:
     height_px = int.from_bytes(chunk[12:16], "big")
     if max(width_px, height_px) > _PNG_EDGE_MAX_PX:
         raise NotAnImageError("a PNG of impossible size")
-    names = set(_png_chunk_names_before_pixels(data))
-    alpha = chunk[17] in {4, 6} or b"tRNS" in names
+    marks = _png_marks_before_pixels(walk)
+    alpha = chunk[17] in {4, 6} or b"tRNS" in marks
     return _header(
-        "image/png", (width_px, height_px), alpha=alpha, animated=b"acTL" in names
+        "image/png", (width_px, height_px), alpha=alpha, animated=b"acTL" in marks
     )
 
 
-def _png_chunk_names_before_pixels(data: bytes) -> Iterator[bytes]:
-    at = 33
-    while len(head := data[at : at + 8]) == 8 and head[4:] != b"IDAT":  # noqa: PLR2004 - length and name
-        yield head[4:]
-        at += 12 + int.from_bytes(head[:4], "big")
+def _png_marks_before_pixels(walk: _Walk) -> set[bytes]:
+    marks: set[bytes] = set()
+    try:
+        while (head := walk.take(8))[4:] != b"IDAT":
+            walk.enter_part()
+            marks |= {head[4:]} & _PNG_MARKS
+            walk.skip(int.from_bytes(head[:4], "big") + 4)
+    except TruncatedImageError:
+        pass  # the size is known, and a mark that is not there says nothing
+    return marks
 
 
-def _jpeg(data: bytes) -> ImageHeader:
+def _jpeg(walk: _Walk) -> ImageHeader:
     found: tuple[int, int] | None = None
-    at = 2
-    while True:
-        try:
-            code, length = _jpeg_marker(data, at)
-            if code == _JPEG_START_OF_SCAN:
-                break
+    walk.skip(2)
+    try:
+        while (code := _jpeg_marker(walk)) != _JPEG_START_OF_SCAN:
+            length = int.from_bytes(walk.take(_LENGTH_BYTES), "big")
+            if length < _LENGTH_BYTES:
+                raise NotAnImageError("a JPEG with an impossible segment")
             if code in _JPEG_SOF:
                 if found is not None:
                     raise NotAnImageError("a JPEG with two frames")
-                found = _jpeg_frame(_take(data, at + 2, 8))
-        except TruncatedImageError:
-            # Pixels are not needed once the frame was seen, only its rivals are.
-            if found is None:
-                raise
-            break
-        at += 2 + length
+                found = _jpeg_frame(walk.peek(6))
+            walk.skip(length - _LENGTH_BYTES)
+    except TruncatedImageError:
+        # Pixels are not needed once the frame was seen, only its rivals are.
+        if found is None:
+            raise
     if found is None:
         raise NotAnImageError("a JPEG without a frame")
     return _header("image/jpeg", found, alpha=False, animated=False)
 
 
-def _jpeg_marker(data: bytes, at: int) -> tuple[int, int]:
-    """Read a marker's code and the length of what follows it."""
-    first, code = _take(data, at, 2)
+def _jpeg_marker(walk: _Walk) -> int:
+    first, code = walk.take(2)
     if first != _MARKER:
         raise NotAnImageError("a JPEG with stray bytes between its segments")
-    if code == _JPEG_START_OF_SCAN:
-        return code, 0
-    if code not in _JPEG_SOF | _JPEG_SKIPPED:
+    if code not in _JPEG_SOF | _JPEG_SKIPPED | {_JPEG_START_OF_SCAN}:
         raise NotAnImageError("a JPEG with an unknown segment")
-    length = int.from_bytes(_take(data, at + 2, 2), "big")
-    if length < _LENGTH_BYTES:
-        raise NotAnImageError("a JPEG with an impossible segment")
-    return code, length
+    walk.enter_part()
+    return code
 
 
 def _jpeg_frame(segment: bytes) -> tuple[int, int]:
-    # Length (2), bits (1), height (2), width (2), number of components (1).
-    if segment[2] != _JPEG_BITS or segment[7] not in _JPEG_COMPONENTS:
+    # Bits (1), height (2), width (2), number of components (1).
+    if len(segment) < 6:  # noqa: PLR2004 - as much as is read below
+        raise TruncatedImageError("the frame is cut off")
+    if segment[0] != _JPEG_BITS or segment[5] not in _JPEG_COMPONENTS:
         raise NotAnImageError("a JPEG of a kind that browsers do not show")
-    return int.from_bytes(segment[5:7], "big"), int.from_bytes(segment[3:5], "big")
+    return int.from_bytes(segment[3:5], "big"), int.from_bytes(segment[1:3], "big")
 
 
-def _webp(data: bytes) -> ImageHeader:
-    kind = _take(data, 12, 4)
+def _webp(walk: _Walk) -> ImageHeader:
+    walk.skip(12)
+    kind = walk.take(8)[:4]
     if kind == b"VP8 ":
-        return _webp_lossy(_take(data, 20, 10))
+        return _webp_lossy(walk.take(10))
     if kind == b"VP8L":
-        return _webp_lossless(_take(data, 20, 5))
+        return _webp_lossless(walk.take(5))
     if kind == b"VP8X":
-        return _webp_extended(_take(data, 20, 10))
+        return _webp_extended(walk.take(10))
     raise NotAnImageError("a WebP of unknown kind")
 
 

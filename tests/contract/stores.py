@@ -18,11 +18,12 @@ from gateway.adapters.sql.accounts import SqlAccounts
 from gateway.adapters.sql.database import Database, Operation, Row, T, Transaction
 from gateway.adapters.sql.ledger import SqlLedger
 from gateway.adapters.sql.migrations import migrate
+from gateway.adapters.sql.queue import SqlQueue
 from gateway.adapters.sql.sqlite import SqliteDatabase
 from gateway.adapters.sql.tasks import SqlTaskStore
 from gateway.core.ledger import Balance
 from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
-from gateway.ports import AttemptEnd, NewAttempt, NewTask, TaskEnd, Tenant
+from gateway.ports import AttemptEnd, NewAttempt, NewTask, StoredResult, TaskEnd, Tenant
 from providers.kit.contract import Billed, Usage
 
 NOW_MS = 1_700_000_000_000
@@ -79,6 +80,10 @@ class Stores:
     @property
     def tasks(self) -> SqlTaskStore:
         return SqlTaskStore(self.database)
+
+    @property
+    def queue(self) -> SqlQueue:
+        return SqlQueue(self.database)
 
     @property
     def ledger(self) -> SqlLedger:
@@ -236,6 +241,21 @@ def a_won_attempt(task_id: str = "task-1", **changes: Any) -> AttemptEnd:
         "kind": None,
     }
     return a_lost_attempt(task_id, **(fields | changes))
+
+
+def a_result(**changes: Any) -> StoredResult:
+    fields: dict[str, Any] = {
+        "index": 0,
+        "blob": "task-1/0",
+        "media_type": "image/png",
+        "size_bytes": 1_234,
+        "width_px": 1024,
+        "height_px": 1536,
+        "inline": True,
+        "expires_ms": NOW_MS + 86_400_000,
+        "revised_prompt": "a sunset, at sea",
+    }
+    return StoredResult(**(fields | changes))
 
 
 def an_end(task_id: str = "task-1", **changes: Any) -> TaskEnd:

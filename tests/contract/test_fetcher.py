@@ -35,9 +35,12 @@ from hypothesis import strategies as st
 from gateway.adapters.fetcher import (
     FETCHES_MAX,
     FILE_MAX_BYTES,
+    TURN_MAX_S,
+    GuardedFetcher,
+)
+from gateway.adapters.outbound import (
     LOOKUP_TIMEOUT_S,
     REFUSAL_TIME_MS,
-    GuardedFetcher,
     SystemResolver,
 )
 from gateway.core.addresses import UrlRules, may_reach
@@ -613,6 +616,26 @@ def test_a_lookup_that_hangs_is_given_up(
 
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         assert runner.run(story()) == takes_s
+
+
+def test_waiting_for_a_turn_ends_and_is_not_the_hosts_fault(tmp_path: Path) -> None:
+    async def fate(fetcher: GuardedFetcher) -> str:
+        with contextlib.closing(SpoolFolder(tmp_path).open("raw")) as spool:
+            with pytest.raises(FetchRefusedError) as refused:
+                await fetcher.fetch(f"https://{NAME}/", spool, deadline_s=30)
+            return str(refused.value)
+
+    async def story() -> list[str]:
+        fetcher = GuardedFetcher(LoopClock(), hanging)
+        rounds = int(TURN_MAX_S / LOOKUP_TIMEOUT_S) + 2
+        return await asyncio.gather(
+            *(fate(fetcher) for _ in range(FETCHES_MAX * rounds))
+        )
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        fates = runner.run(story())
+    assert "could not be reached" in fates[0]
+    assert "as much as it may" in fates[-1]
 
 
 # --- TLS ---

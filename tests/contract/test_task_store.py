@@ -39,7 +39,7 @@ from gateway.core.ledger import Balance, Settled
 from gateway.core.limits import RiskBook
 from gateway.core.money import parse_nano
 from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
-from gateway.ports import AttemptRecord, NewTask, StoredResult, TaskRecord
+from gateway.ports import AttemptRecord, NewTask, TaskRecord
 from providers.kit.contract import Billed, Usage
 from tests.contract.stores import (
     BACKENDS,
@@ -49,6 +49,7 @@ from tests.contract.stores import (
     Sqlite,
     Stores,
     a_lost_attempt,
+    a_result,
     a_task,
     a_void,
     a_won_attempt,
@@ -66,21 +67,6 @@ async def stores(
 ) -> AsyncIterator[Stores]:
     async with open_stores(request.param, tmp_path) as opened:
         yield opened
-
-
-def a_result(**changes: Any) -> StoredResult:
-    fields: dict[str, Any] = {
-        "index": 0,
-        "blob": "task-1/0",
-        "media_type": "image/png",
-        "size_bytes": 1_234,
-        "width_px": 1024,
-        "height_px": 1536,
-        "inline": True,
-        "expires_ms": NOW_MS + 86_400_000,
-        "revised_prompt": "a sunset, at sea",
-    }
-    return StoredResult(**(fields | changes))
 
 
 # --- one task's life ---
@@ -638,7 +624,7 @@ async def test_no_statement_of_a_request_reads_a_whole_table(stores: Stores) -> 
 
 
 def _with_nulls(sql: str) -> str:
-    for number in range(12, 0, -1):
+    for number in range(20, 0, -1):
         sql = sql.replace(f"${number}", "NULL")
     return sql
 
@@ -750,7 +736,10 @@ async def test_a_commit_that_fails_fails_for_all_of_its_group(
 ) -> None:
     async def broken_at_commit(tx: Transaction) -> None:
         await tx.run("PRAGMA defer_foreign_keys = ON")
-        await tx.run("INSERT INTO accounts VALUES ('nobody', 0, 0, 0)")
+        await tx.run(
+            """INSERT INTO accounts (tenant_id, posted, held, spent)
+            VALUES ('x', 0, 0, 0)"""
+        )
 
     async with busy_writer(sqlite):
         waiting = queue(

@@ -519,6 +519,14 @@ def test_the_quota_counts_what_is_there(newcomer: httpx.Client) -> None:
     assert quota()["used_files"] == 0
 
 
+def test_nothing_is_stored_for_a_tenant_without_credits(gateway: LiveGateway) -> None:
+    with gateway.client(gateway.tenant("penniless", "0")) as client:
+        for send in (by_base64, by_stream):
+            answer = send(client, PNG)
+            assert refused(answer)[:2] == (402, "insufficient_quota")
+        assert kept(client.get("/api/v1/files/quota"))["used_files"] == 0
+
+
 def test_a_deleted_file_is_gone_with_its_links(
     client: httpx.Client, gateway: LiveGateway
 ) -> None:

@@ -81,6 +81,7 @@ class Desk:
             quality="low",
             references=references,
             mask=mask,
+            reference_params=tuple(f"image_urls[{i}]" for i in range(len(references))),
         )
         return await self.load(request, "ten_1", brought)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import warnings
+import zlib
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from providers.kit.images import (
     read_header,
     read_payload_header,
 )
-from providers.kit.spool import SpoolFolder
+from providers.kit.spool import Spool, SpoolFolder
 from tests.simulators.openai_server import png
 
 
@@ -35,6 +37,12 @@ def made(
         image.putalpha(90)
     image.save(file, file_format, **more)
     return file.getvalue()
+
+
+def spooled(folder: Path, content: bytes, encoding: str) -> Spool:
+    if encoding == "base64":
+        return SpoolFolder(folder).from_bytes(base64.b64encode(content), "base64")
+    return SpoolFolder(folder).from_bytes(content, "raw")
 
 
 def moving(file_format: str) -> bytes:
@@ -132,11 +140,70 @@ def test_a_start_of_a_file_asks_for_more_or_tells_the_same(name: str) -> None:
         assert (header.width_px, header.height_px) == (whole.width_px, whole.height_px)
 
 
-def test_a_header_behind_a_megabyte_of_profiles_is_not_looked_for() -> None:
+def png_chunk(name: bytes, content: bytes) -> bytes:
+    crc = zlib.crc32(name + content).to_bytes(4, "big")
+    return len(content).to_bytes(4, "big") + name + content + crc
+
+
+def behind_text(content: bytes, size_bytes: int) -> bytes:
+    """Put a text chunk right behind the header of a PNG."""
+    return content[:33] + png_chunk(b"tEXt", b"k\0" + b"x" * size_bytes) + content[33:]
+
+
+def behind_profiles(content: bytes, count: int) -> bytes:
+    """Put full segments before all others of a JPEG."""
     segment = b"\xff\xe2\xff\xff" + bytes(0xFFFF - 2)
-    padded = JPEG[:2] + segment * (HEADER_MAX_BYTES // len(segment) + 1) + JPEG[2:]
-    with pytest.raises(NotAnImageError):
-        read_header(padded)
+    return content[:2] + segment * count + content[2:]
+
+
+LONG_HEADERS = {
+    "an animation behind 2 MB of text": (
+        behind_text(FILES["png, moving"][0], 2_000_000),
+        FILES["png, moving"][0],
+    ),
+    "transparency behind 1.2 MB of text": (
+        behind_text(FILES["png, palette"][0], 1_200_000),
+        FILES["png, palette"][0],
+    ),
+    "a frame behind 1.3 MB of profiles": (behind_profiles(JPEG, 20), JPEG),
+    "a frame behind 15 MB of profiles": (behind_profiles(JPEG, 230), JPEG),
+}
+
+
+@pytest.mark.parametrize("encoding", ["raw", "base64"])
+@pytest.mark.parametrize("name", LONG_HEADERS)
+def test_what_stands_behind_a_long_text_or_profile_is_seen(
+    tmp_path: Path, name: str, encoding: str
+) -> None:
+    content, plain = LONG_HEADERS[name]
+    assert read_header(content) == read_header(plain)
+    with closing(spooled(tmp_path, content, encoding)) as spool:
+        assert read_payload_header(spool) == read_header(plain)
+
+
+def test_what_stands_behind_the_first_pixels_is_not_looked_at() -> None:
+    pixels = PNG.index(b"IDAT") - 4
+    late = png_chunk(b"acTL", bytes(8))
+    early = read_header(PNG[:pixels] + late + PNG[pixels:])
+    behind = read_header(PNG[:-12] + late + PNG[-12:])
+    assert (early.animated, behind.animated) == (True, False)
+
+
+TOO_LONG = {
+    "a large text": behind_text(PNG, HEADER_MAX_BYTES),
+    "large profiles": behind_profiles(JPEG, HEADER_MAX_BYTES // 0xFFFF + 1),
+    "many small chunks": PNG[:33] + png_chunk(b"teXt", b"") * 5_000 + PNG[33:],
+    "many small segments": JPEG[:2] + b"\xff\xfe\x00\x02" * 5_000 + JPEG[2:],
+}
+
+
+@pytest.mark.parametrize("name", TOO_LONG)
+def test_a_header_without_end_is_given_up(tmp_path: Path, name: str) -> None:
+    with (
+        closing(spooled(tmp_path, TOO_LONG[name], "raw")) as spool,
+        pytest.raises(NotAnImageError, match="its header is too long"),
+    ):
+        read_payload_header(spool)
 
 
 def test_a_jpeg_that_gives_two_sizes_is_refused() -> None:

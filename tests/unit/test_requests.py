@@ -47,6 +47,7 @@ def test_a_prompt_is_enough() -> None:
         prompt="a lighthouse",
         size=None,
         quality="medium",
+        mask_param="mask_url",
     )
     assert request.operation is Operation.GENERATE
 
@@ -87,6 +88,9 @@ def test_every_field_arrives() -> None:
         response_format="url",
         references=("https://a.test/1.png", "data:image/png;base64,AAAA"),
         mask="https://a.test/m.png",
+        reference_params=("image_urls[0]", "image_urls[1]"),
+        mask_param="mask_url",
+        by_url=True,
         callback_url="https://a.test/hook",
         stream=True,
         partial_images=2,

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from gateway.adapters.sql.database import Database, Row, Transaction
 from gateway.core.errors import ConflictError, NotFoundError
 from gateway.core.ledger import Balance
+from gateway.core.webhooks import SigningKey
 from gateway.ports import Key, Tenant
 
 
 @dataclass(frozen=True, slots=True)
 class SqlAccounts:
-    """The ``Accounts`` port over any SQL database."""
+    """The ``Accounts`` and ``SigningKeys`` ports over any SQL database."""
 
     database: Database
 
@@ -83,6 +84,33 @@ class SqlAccounts:
             )
         )
         return changed > 0
+
+    async def signing_key(self, key_id: str) -> SigningKey | None:
+        """See ``SigningKeys``."""
+        row = await self.database.read(
+            lambda tx: tx.one(
+                """SELECT id, tenant_id, webhook_version, webhook_rotated_ms
+                FROM keys WHERE id = $1""",
+                key_id,
+            )
+        )
+        return SigningKey(*row) if row else None
+
+    async def rotate_signing_key(
+        self, key_id: str, *, now_ms: int
+    ) -> SigningKey | None:
+        """See ``SigningKeys``."""
+        row = await self.database.write(
+            lambda tx: tx.one(
+                """UPDATE keys SET webhook_version = webhook_version + 1,
+                    webhook_rotated_ms = $2
+                WHERE id = $1
+                RETURNING id, tenant_id, webhook_version, webhook_rotated_ms""",
+                key_id,
+                now_ms,
+            )
+        )
+        return SigningKey(*row) if row else None
 
 
 async def _add_tenant(tx: Transaction, tenant: Tenant, now_ms: int) -> None:

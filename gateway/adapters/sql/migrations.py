@@ -195,6 +195,54 @@ MIGRATIONS = (
             "CREATE INDEX idempotency_by_age ON idempotency (created_ms)",
         ),
     ),
+    Migration(
+        statements=(
+            "ALTER TABLE tasks ADD COLUMN callback_url TEXT",
+            "ALTER TABLE tasks ADD COLUMN origin TEXT",
+            "ALTER TABLE tasks ADD COLUMN order_json TEXT",
+            "ALTER TABLE tasks ADD COLUMN fence BIGINT NOT NULL DEFAULT 0",
+            "ALTER TABLE tasks ADD COLUMN lease_until_ms BIGINT",
+            "ALTER TABLE tasks ADD COLUMN takeovers BIGINT NOT NULL DEFAULT 0",
+            "ALTER TABLE tasks ADD COLUMN cancel_ms BIGINT",
+            "ALTER TABLE tasks ADD COLUMN started_ms BIGINT",
+            "ALTER TABLE tasks ADD COLUMN class TEXT",
+            "ALTER TABLE accounts ADD COLUMN queued BIGINT NOT NULL DEFAULT 0",
+            "ALTER TABLE accounts ADD COLUMN running BIGINT NOT NULL DEFAULT 0",
+            "ALTER TABLE accounts ADD COLUMN claimed_ms BIGINT NOT NULL DEFAULT 0",
+            "CREATE INDEX accounts_queued ON accounts (queued) WHERE queued > 0",
+            """CREATE INDEX tasks_queued ON tasks (tenant_id, created_ms)
+            WHERE state = 'pending' AND mode = 'async'""",
+            """CREATE INDEX tasks_leased ON tasks (lease_until_ms)
+            WHERE state = 'processing' AND mode = 'async'""",
+            "CREATE INDEX tasks_by_class ON tasks (class, finished_ms)",
+            """CREATE INDEX tasks_by_end ON tasks (finished_ms)
+            WHERE finished_ms IS NOT NULL""",
+            """CREATE TABLE deliveries (
+                id TEXT PRIMARY KEY,
+                task_id TEXT NOT NULL,
+                tenant_id TEXT NOT NULL,
+                key_id TEXT NOT NULL,
+                event TEXT NOT NULL,
+                url TEXT NOT NULL,
+                host TEXT NOT NULL,
+                state TEXT NOT NULL,
+                round BIGINT NOT NULL DEFAULT 0,
+                tries BIGINT NOT NULL DEFAULT 0,
+                next_ms BIGINT NOT NULL,
+                lease_until_ms BIGINT NOT NULL DEFAULT 0,
+                status BIGINT,
+                error TEXT,
+                created_ms BIGINT NOT NULL,
+                delivered_ms BIGINT
+            )""",
+            """CREATE INDEX deliveries_due ON deliveries (next_ms)
+            WHERE state = 'pending'""",
+            "CREATE INDEX deliveries_by_tenant ON deliveries (tenant_id, created_ms)",
+            "CREATE INDEX deliveries_by_task ON deliveries (task_id)",
+            "ALTER TABLE keys ADD COLUMN webhook_version BIGINT NOT NULL DEFAULT 1",
+            "ALTER TABLE keys ADD COLUMN webhook_rotated_ms BIGINT",
+        ),
+    ),
 )
 """Step n of the schema stands at n - 1."""
 

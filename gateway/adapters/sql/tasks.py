@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gateway.adapters.sql.database import Database, Row, Transaction
+from gateway.adapters.sql.deliveries import add_delivery
 from gateway.adapters.sql.ledger import CHARGE, lock_account, write_entries
 from gateway.core.errors import (
     ConflictError,
-    InsufficientCreditsError,
+    GatewayError,
     NotFoundError,
     insufficient_credits,
 )
@@ -18,9 +19,13 @@ from gateway.core.ledger import Settled, settle, settlement_entries
 from gateway.core.limits import RiskBook
 from gateway.core.tasks import (
     HOLD_KEPT_MS,
+    QUEUE_MAX_TASKS,
+    QUEUE_MAX_TASKS_PER_TENANT,
     AttemptState,
     DeliveryMode,
+    FencedError,
     TaskState,
+    queue_full,
 )
 from gateway.ports import (
     AttemptEnd,
@@ -94,11 +99,11 @@ class SqlTaskStore:
         """
         assert end.state.final, end
         assert end.due_nanocredits == 0 or end.state is not TaskState.FAILED, end
-        return await self.database.write(lambda tx: _finish(tx, end))
+        return await self.database.write(lambda tx: finish_task(tx, end))
 
     async def get(self, task_id: str) -> TaskRecord | None:
         """See ``TaskStore``."""
-        return await self.database.read(lambda tx: _read_task(tx, task_id))
+        return await self.database.read(lambda tx: read_task(tx, task_id))
 
     async def unfinished(self, limit: int) -> Sequence[TaskRecord]:
         """See ``TaskStore``."""
@@ -125,18 +130,24 @@ async def _open(tx: Transaction, task: NewTask) -> str | None:
         if earlier is not None:
             return earlier
     # Condition and change are one statement, so no two can see the same credits.
+    waits = int(task.order_json is not None)
     held = await tx.run(
-        """UPDATE accounts SET held = held + $2
-        WHERE tenant_id = $1 AND posted - held >= $2""",
+        """UPDATE accounts SET held = held + $2, queued = queued + $3
+        WHERE tenant_id = $1 AND posted - held >= $2 AND queued + $3 <= $4""",
         task.tenant_id,
         task.hold_nanocredits,
+        waits,
+        QUEUE_MAX_TASKS_PER_TENANT,
     )
     if not held:
         raise await _refusal(tx, task)
+    if waits:
+        await _check_queue(tx)
     opened = await tx.run(
         """INSERT INTO tasks (id, tenant_id, key_id, variant, operation, mode, state,
-            request_json, created_ms, deadline_ms, fingerprint)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
+            request_json, created_ms, deadline_ms, fingerprint, callback_url, origin,
+            order_json, class)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
         ON CONFLICT DO NOTHING""",
         task.id,
         task.tenant_id,
@@ -149,6 +160,10 @@ async def _open(tx: Transaction, task: NewTask) -> str | None:
         task.created_ms,
         task.deadline_ms,
         task.fingerprint or None,
+        task.callback_url,
+        task.origin or None,
+        task.order_json,
+        task.task_class or None,
     )
     if not opened:
         raise ConflictError(f"there is a task {task.id!r} already")
@@ -230,14 +245,20 @@ async def _earlier(tx: Transaction, wanted: Earlier) -> str | None:
     return str(row[0]) if row else None
 
 
-async def _refusal(
-    tx: Transaction, task: NewTask
-) -> InsufficientCreditsError | NotFoundError:
+async def _check_queue(tx: Transaction) -> None:
+    row = await tx.one("SELECT SUM(queued) FROM accounts WHERE queued > 0")
+    if row is not None and row[0] > QUEUE_MAX_TASKS:
+        raise queue_full(mine=False)
+
+
+async def _refusal(tx: Transaction, task: NewTask) -> GatewayError:
     row = await tx.one(
         "SELECT posted - held FROM accounts WHERE tenant_id = $1", task.tenant_id
     )
     if row is None:
         return NotFoundError(f"there is no tenant {task.tenant_id!r}")
+    if row[0] >= task.hold_nanocredits:
+        return queue_full(mine=True)
     return insufficient_credits(task.hold_nanocredits, row[0])
 
 
@@ -245,13 +266,17 @@ async def _begin_attempt(
     tx: Transaction, attempt: NewAttempt, route_json: str | None
 ) -> None:
     running = await tx.run(
-        """UPDATE tasks SET state = $2, route_json = COALESCE($3, route_json)
-        WHERE id = $1 AND finished_ms IS NULL""",
+        """UPDATE tasks SET state = $2, route_json = COALESCE($3, route_json),
+            started_ms = COALESCE(started_ms, $4)
+        WHERE id = $1 AND finished_ms IS NULL AND fence = $5""",
         attempt.task_id,
         TaskState.PROCESSING.value,
         route_json,
+        attempt.started_ms,
+        attempt.fence,
     )
     if not running:
+        await check_fence(tx, attempt.task_id, attempt.fence)
         raise ConflictError(f"task {attempt.task_id!r} is over")
     begun = await tx.run(
         """INSERT INTO attempts
@@ -329,7 +354,13 @@ async def _book_cost(
     )
 
 
-async def _finish(tx: Transaction, end: TaskEnd) -> Settled:
+async def finish_task(tx: Transaction, end: TaskEnd) -> Settled:
+    """Settle and close a task, once; a part of a larger transaction.
+
+    Raises:
+        NotFoundError: there is no such task.
+        FencedError: somebody else has claimed it.
+    """
     hold = await tx.one(
         "SELECT tenant_id, nanocredits FROM holds WHERE task_id = $1", end.task_id
     )
@@ -344,6 +375,7 @@ async def _finish(tx: Transaction, end: TaskEnd) -> Settled:
     )
     if earlier is not None:
         return Settled(*earlier)
+    queue_state = await _queue_state(tx, end)
     after, settled = settle(before, held, end.due_nanocredits)
     await tx.run(
         """INSERT INTO settlements
@@ -371,8 +403,45 @@ async def _finish(tx: Transaction, end: TaskEnd) -> Settled:
         reference=end.task_id,
         now_ms=end.finished_ms,
     )
+    if queue_state is not None:
+        await _leave_queue(tx, tenant_id, queue_state)
     await _close_task(tx, end)
     return settled
+
+
+async def check_fence(tx: Transaction, task_id: str, fence: int) -> None:
+    """See that nobody else has claimed the task since.
+
+    Raises:
+        FencedError: somebody has.
+    """
+    row = await tx.one("SELECT fence FROM tasks WHERE id = $1", task_id)
+    if row is not None and row[0] != fence:
+        raise FencedError(task_id)
+
+
+async def _queue_state(tx: Transaction, end: TaskEnd) -> str | None:
+    # Where an async task stands in the queue; None for a sync one.
+    row = await tx.one(
+        "SELECT mode, state, fence FROM tasks WHERE id = $1", end.task_id
+    )
+    if row is None:
+        return None
+    mode, state, fence = row
+    if fence != end.fence:
+        raise FencedError(end.task_id)
+    return str(state) if mode == DeliveryMode.ASYNC.value else None
+
+
+async def _leave_queue(tx: Transaction, tenant_id: str, state: str) -> None:
+    waiting = int(state == TaskState.PENDING.value)
+    await tx.run(
+        """UPDATE accounts SET queued = queued - $2, running = running - $3
+        WHERE tenant_id = $1""",
+        tenant_id,
+        waiting,
+        1 - waiting,
+    )
 
 
 async def _close_task(tx: Transaction, end: TaskEnd) -> None:
@@ -381,7 +450,8 @@ async def _close_task(tx: Transaction, end: TaskEnd) -> None:
         """UPDATE tasks SET state = $2, finished_ms = $3, answer_json = $4,
             error_json = $5, text_input = $6, text_cached = $7, image_input = $8,
             image_cached = $9, image_output = $10,
-            route_json = COALESCE($11, route_json)
+            route_json = COALESCE($11, route_json), order_json = NULL,
+            lease_until_ms = NULL
         WHERE id = $1 AND finished_ms IS NULL""",
         end.task_id,
         end.state.value,
@@ -404,6 +474,7 @@ async def _close_task(tx: Transaction, end: TaskEnd) -> None:
         await tx.run("UPDATE tasks SET fingerprint = NULL WHERE id = $1", end.task_id)
     for result in end.results:
         await _keep_result(tx, end.task_id, result)
+    await add_delivery(tx, end)
 
 
 async def _end_forgotten(tx: Transaction, end: TaskEnd) -> None:
@@ -451,21 +522,23 @@ async def _keep_result(tx: Transaction, task_id: str, result: StoredResult) -> N
 
 async def _read_unfinished(tx: Transaction, limit: int) -> list[TaskRecord]:
     rows = await tx.all(
-        """SELECT id FROM tasks WHERE finished_ms IS NULL
+        """SELECT id FROM tasks WHERE finished_ms IS NULL AND mode = 'sync'
         ORDER BY created_ms, id LIMIT $1""",
         limit,
     )
-    found = [await _read_task(tx, row[0]) for row in rows]
+    found = [await read_task(tx, row[0]) for row in rows]
     return [task for task in found if task is not None]
 
 
-async def _read_task(tx: Transaction, task_id: str) -> TaskRecord | None:
+async def read_task(tx: Transaction, task_id: str) -> TaskRecord | None:
+    """Read a task with its attempts and results; a part of a larger transaction."""
     row = await tx.one(
         """SELECT t.id, t.tenant_id, t.key_id, t.variant, t.operation, t.mode, t.state,
             t.request_json, t.route_json, t.answer_json, t.error_json,
             t.text_input, t.text_cached, t.image_input, t.image_cached, t.image_output,
             s.usage_source, h.nanocredits, s.charged, s.absorbed,
-            t.created_ms, t.deadline_ms, t.finished_ms
+            t.created_ms, t.deadline_ms, t.finished_ms,
+            t.started_ms, t.callback_url, t.origin, t.class
         FROM tasks t JOIN holds h ON h.task_id = t.id
         LEFT JOIN settlements s ON s.task_id = t.id
         WHERE t.id = $1""",
@@ -493,7 +566,8 @@ def _task(row: Row, attempts: Sequence[Row], results: Sequence[Row]) -> TaskReco
     (task_id, tenant_id, key_id, variant, operation, mode, state) = row[:7]
     (request_json, route_json, answer_json, error_json) = row[7:11]
     (usage_source, hold_nanocredits, charged, absorbed) = row[16:20]
-    (created_ms, deadline_ms, finished_ms) = row[20:]
+    (created_ms, deadline_ms, finished_ms) = row[20:23]
+    (started_ms, callback_url, origin, task_class) = row[23:]
     return TaskRecord(
         id=task_id,
         tenant_id=tenant_id,
@@ -516,6 +590,10 @@ def _task(row: Row, attempts: Sequence[Row], results: Sequence[Row]) -> TaskReco
         finished_ms=finished_ms,
         attempts=tuple(_attempt(each) for each in attempts),
         results=tuple(_result(each) for each in results),
+        started_ms=started_ms,
+        callback_url=callback_url,
+        origin=origin or "",
+        task_class=task_class or "",
     )
 
 

@@ -1,0 +1,233 @@
+"""Async tasks that wait for a worker, in SQL: the tasks table is the queue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway.adapters.sql.database import Database, Row, Transaction
+from gateway.adapters.sql.tasks import finish_task, read_task
+from gateway.core.tasks import CANCELLED_JSON, TaskState
+from gateway.ports import Claimed, Lease, TaskEnd, TaskFilter, TaskLine
+
+USUAL_OF_LAST_TASKS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class SqlQueue:
+    """The ``Queue`` port over any SQL database."""
+
+    database: Database
+
+    async def claim(self, *, now_ms: int, lease_ms: int) -> Claimed | None:
+        """See ``Queue``."""
+        return await self.database.write(lambda tx: _claim(tx, now_ms, lease_ms))
+
+    async def renew(
+        self, task_id: str, fence: int, *, now_ms: int, lease_ms: int
+    ) -> Lease:
+        """See ``Queue``."""
+        row = await self.database.write(
+            lambda tx: tx.one(
+                """UPDATE tasks SET lease_until_ms = $3
+                WHERE id = $1 AND fence = $2 AND state = 'processing'
+                RETURNING cancel_ms""",
+                task_id,
+                fence,
+                now_ms + lease_ms,
+            )
+        )
+        return Lease(held=row is not None, cancelled=bool(row and row[0]))
+
+    async def reclaim(self) -> int:
+        """See ``Queue``."""
+        return await self.database.write(
+            lambda tx: tx.run(
+                """UPDATE tasks SET lease_until_ms = 0
+                WHERE state = 'processing' AND mode = 'async'"""
+            )
+        )
+
+    async def release(self, task_id: str, fence: int) -> None:
+        """See ``Queue``."""
+        await self.database.write(
+            lambda tx: tx.run(
+                """UPDATE tasks SET lease_until_ms = 0, takeovers = takeovers - 1
+                WHERE id = $1 AND fence = $2 AND state = 'processing'""",
+                task_id,
+                fence,
+            )
+        )
+
+    async def cancel(
+        self, task_id: str, tenant_id: str, *, now_ms: int
+    ) -> TaskState | None:
+        """See ``Queue``."""
+        return await self.database.write(
+            lambda tx: _cancel(tx, task_id, tenant_id, now_ms)
+        )
+
+    async def tasks(
+        self, tenant_id: str, wanted: TaskFilter, *, offset: int, limit: int
+    ) -> tuple[int, Sequence[TaskLine]]:
+        """See ``Queue``."""
+        return await self.database.read(
+            lambda tx: _tasks(tx, tenant_id, wanted, offset, limit)
+        )
+
+    async def usual_ms(self, task_class: str) -> int | None:
+        """See ``Queue``."""
+        row = await self.database.read(
+            lambda tx: tx.one(
+                """SELECT AVG(took) FROM (
+                    SELECT finished_ms - started_ms AS took FROM tasks
+                    WHERE class = $1 AND state = 'completed'
+                    ORDER BY finished_ms DESC LIMIT $2) AS last""",
+                task_class,
+                USUAL_OF_LAST_TASKS,
+            )
+        )
+        return int(row[0]) if row and row[0] is not None else None
+
+    async def forget_tasks(self, before_ms: int, limit: int) -> Sequence[str]:
+        """See ``Queue``."""
+        return await self.database.write(lambda tx: _forget(tx, before_ms, limit))
+
+
+async def _claim(tx: Transaction, now_ms: int, lease_ms: int) -> Claimed | None:
+    task_id = await _left_behind(tx, now_ms) or await _next_in_turn(tx, now_ms)
+    if task_id is None:
+        return None
+    row = await tx.one(
+        """UPDATE tasks SET fence = fence + 1, lease_until_ms = $2,
+            takeovers = takeovers + CASE WHEN state = 'processing' THEN 1 ELSE 0 END,
+            state = 'processing', started_ms = COALESCE(started_ms, $3)
+        WHERE id = $1 RETURNING fence, takeovers, order_json""",
+        task_id,
+        now_ms + lease_ms,
+        now_ms,
+    )
+    record = await read_task(tx, task_id)
+    assert row is not None, task_id
+    assert record is not None, task_id
+    fence, takeovers, order_json = row
+    return Claimed(record, order_json or "{}", fence, takeovers)
+
+
+async def _left_behind(tx: Transaction, now_ms: int) -> str | None:
+    row = await tx.one(
+        """SELECT id FROM tasks
+        WHERE state = 'processing' AND mode = 'async' AND lease_until_ms < $1
+        ORDER BY lease_until_ms LIMIT 1""",
+        now_ms,
+    )
+    return str(row[0]) if row else None
+
+
+async def _next_in_turn(tx: Transaction, now_ms: int) -> str | None:
+    # The tenant with the fewest tasks running; of equals, the one served longest ago.
+    tenant = await tx.one(
+        """SELECT tenant_id FROM accounts WHERE queued > 0
+        ORDER BY running, claimed_ms, tenant_id LIMIT 1"""
+    )
+    if tenant is None:
+        return None
+    row = await tx.one(
+        """SELECT id FROM tasks
+        WHERE tenant_id = $1 AND state = 'pending' AND mode = 'async'
+        ORDER BY created_ms, id LIMIT 1""",
+        tenant[0],
+    )
+    if row is None:
+        return None
+    await tx.run(
+        """UPDATE accounts SET queued = queued - 1, running = running + 1,
+            claimed_ms = $2
+        WHERE tenant_id = $1""",
+        tenant[0],
+        now_ms,
+    )
+    return str(row[0])
+
+
+async def _cancel(
+    tx: Transaction, task_id: str, tenant_id: str, now_ms: int
+) -> TaskState | None:
+    row = await tx.one(
+        "SELECT state, mode, fence FROM tasks WHERE id = $1 AND tenant_id = $2",
+        task_id,
+        tenant_id,
+    )
+    if row is None:
+        return None
+    state, mode, fence = TaskState(row[0]), row[1], row[2]
+    if state is TaskState.PENDING and mode == "async":
+        end = TaskEnd(
+            task_id=task_id,
+            state=TaskState.CANCELLED,
+            finished_ms=now_ms,
+            due_nanocredits=0,
+            usage=None,
+            usage_source="none",
+            error_json=CANCELLED_JSON,
+            fence=fence,
+        )
+        await finish_task(tx, end)
+        return TaskState.CANCELLED
+    if state is TaskState.PROCESSING and mode == "async":
+        await tx.run(
+            "UPDATE tasks SET cancel_ms = COALESCE(cancel_ms, $2) WHERE id = $1",
+            task_id,
+            now_ms,
+        )
+    return state
+
+
+async def _tasks(
+    tx: Transaction, tenant_id: str, wanted: TaskFilter, offset: int, limit: int
+) -> tuple[int, Sequence[TaskLine]]:
+    states = [state.value for state in wanted.states or tuple(TaskState)]
+    padded = (states + [states[0]] * len(TaskState))[: len(TaskState)]
+    where = """t.tenant_id = $1 AND t.state IN ($2, $3, $4, $5, $6)
+        AND t.variant = COALESCE($7, t.variant)"""
+    params = (tenant_id, *padded, wanted.variant)
+    total = await tx.one(f"SELECT COUNT(*) FROM tasks t WHERE {where}", *params)  # noqa: S608 - constants
+    rows = await tx.all(
+        f"""SELECT t.id, t.variant, t.state, t.created_ms, t.started_ms, t.finished_ms,
+            (SELECT COUNT(*) FROM results r WHERE r.task_id = t.id), t.error_json,
+            s.charged
+        FROM tasks t LEFT JOIN settlements s ON s.task_id = t.id
+        WHERE {where} ORDER BY t.created_ms DESC, t.id DESC LIMIT $8 OFFSET $9""",  # noqa: S608
+        *params,
+        limit,
+        offset,
+    )
+    return (total[0] if total else 0), [_line(row) for row in rows]
+
+
+def _line(row: Row) -> TaskLine:
+    task_id, variant, state, created, started, finished, results, error, charged = row
+    return TaskLine(
+        id=task_id,
+        variant=variant,
+        state=TaskState(state),
+        created_ms=created,
+        started_ms=started,
+        finished_ms=finished,
+        results=results,
+        has_error=error is not None,
+        charged_nanocredits=charged,
+    )
+
+
+async def _forget(tx: Transaction, before_ms: int, limit: int) -> list[str]:
+    rows = await tx.all(
+        """SELECT id FROM tasks WHERE finished_ms < $1
+        ORDER BY finished_ms LIMIT $2""",
+        before_ms,
+        limit,
+    )
+    for row in rows:
+        await tx.run("DELETE FROM tasks WHERE id = $1", row[0])
+        await tx.run("DELETE FROM deliveries WHERE task_id = $1", row[0])
+    return [str(row[0]) for row in rows]
