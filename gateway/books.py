@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from gateway.adapters.blobs import DiskBlobs
 from gateway.adapters.clock import SystemChance, SystemClock
 from gateway.adapters.data_dir import DataDir, DataDirError
 from gateway.adapters.sql.accounts import SqlAccounts
@@ -25,6 +26,7 @@ from gateway.core.errors import GatewayError
 from gateway.core.money import NANO
 from gateway.flows.credits import ManageTenants
 from gateway.flows.keys import ManageKeys, NewKey
+from gateway.flows.tasks import ManageTasks, ReadTask, TaskView
 from gateway.flows.webhooks import ManageWebhooks
 from gateway.ports import AuditReport
 from gateway.settings import Settings, load_settings
@@ -62,6 +64,20 @@ class Books:
     async def audit(self) -> AuditReport:
         """Recompute every invariant from the rows."""
         return await self.ledger.audit()
+
+    async def cancel(self, task_id: str) -> TaskView:
+        """Cancel an async task of any tenant; the running gateway notices.
+
+        Raises:
+            InvalidRequestError: the id has not the form of a task id.
+            NotFoundError: there is no such task.
+            ConflictError: it is a sync task, or it is over.
+        """
+        clock, blobs = SystemClock(), DiskBlobs(self.data_dir.results)
+        read_task = ReadTask(self.tasks, self.queue, blobs, clock)
+        record = await self.tasks.get(task_id)
+        owner = record.tenant_id if record else ""
+        return await ManageTasks(self.queue, read_task, clock).cancel(task_id, owner)
 
 
 def check_storage(settings: Settings) -> None:

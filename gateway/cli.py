@@ -281,6 +281,76 @@ def keys_rotate_webhook_secret(
     _show(made, text, as_json=as_json)
 
 
+# --- tasks ---
+
+
+@main.group()
+def tasks() -> None:
+    """What became of requests, and what is still to be made."""
+
+
+@tasks.command("list")
+@_listed
+@click.option("--tenant", required=True, help="The tenant's name.")
+@click.option(
+    "--status",
+    type=click.Choice(["pending", "processing", "completed", "failed", "cancelled"]),
+)
+@click.option("--model", help="Only tasks of this model.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=100, show_default=True)
+def tasks_list(
+    config: Path | None,
+    data_dir: Path | None,
+    *,
+    as_json: bool,
+    tenant: str,
+    status: str | None,
+    model: str | None,
+    limit: int,
+) -> None:
+    """List a tenant's tasks, newest first."""
+
+    async def run(books: Books) -> list[dict[str, str]]:
+        from gateway.core.money import decimal_text
+        from gateway.core.tasks import TaskState
+        from gateway.ports import TaskFilter
+
+        owner = await books.tenants.named(tenant)
+        wanted = TaskFilter((TaskState(status),) if status else (), model)
+        _, found = await books.queue.tasks(owner.id, wanted, offset=0, limit=limit)
+        return [
+            {
+                "id": each.id,
+                "model": each.variant,
+                "status": each.state.value,
+                "images": str(each.results),
+                "credits_used": decimal_text(each.charged_nanocredits or 0),
+            }
+            for each in found
+        ]
+
+    _show_rows(_with_books(config, data_dir, run), as_json=as_json)
+
+
+@tasks.command("cancel")
+@_listed
+@click.argument("task_id")
+def tasks_cancel(
+    config: Path | None, data_dir: Path | None, *, as_json: bool, task_id: str
+) -> None:
+    """Cancel an async task: at once while it waits, soon while it runs."""
+
+    async def run(books: Books) -> dict[str, str]:
+        view = await books.cancel(task_id)
+        return {
+            "id": view.id,
+            "status": "cancelling" if view.can_cancel else "cancelled",
+        }
+
+    done = _with_books(config, data_dir, run)
+    _show(done, f"{done['id']} is {done['status']}", as_json=as_json)
+
+
 # --- webhooks ---
 
 

@@ -24,7 +24,7 @@ from providers.kit.contract import Partial
 IN_FLIGHT_MAX_TASKS = 2_000
 DRAIN_MAX_S = 180.0
 LEASE_MS = 30_000
-RENEW_EVERY_S = 10.0
+RENEW_EVERY_S = 3.0
 POLL_EVERY_S = 1.0
 
 Crashed = Callable[[BaseException, str], None]

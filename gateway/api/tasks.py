@@ -114,8 +114,9 @@ def _states(text: str | None) -> tuple[TaskState, ...]:
 
 def _task_ids(body: object) -> list[str]:
     ids = body.get("task_ids") if isinstance(body, dict) else None
-    texts = [each for each in ids or () if isinstance(each, str)]
-    if not isinstance(ids, list) or not 1 <= len(texts) == len(ids) <= BATCH_MAX_TASKS:
+    listed = ids if isinstance(ids, list) else []
+    texts = [each for each in listed if isinstance(each, str)]
+    if not 1 <= len(texts) == len(listed) <= BATCH_MAX_TASKS:
         raise InvalidRequestError(
             f"task_ids must be an array of 1 to {BATCH_MAX_TASKS} task ids.",
             param="task_ids",
