@@ -689,15 +689,23 @@ class FetchRefusedError(Exception):
     """
 
 
+class FetcherBusyError(FetchRefusedError):
+    """No turn to fetch came free in time; nothing was asked of the URL's host."""
+
+
 class Fetcher(Protocol):
     """Fetches what callers point at, and nothing that they should not reach."""
 
-    async def fetch(self, url: str, into: WritableSpool, *, deadline_s: float) -> None:
+    async def fetch(
+        self, url: str, into: WritableSpool, *, deadline_s: float, caller: str = ""
+    ) -> None:
         """Stream the file at ``url`` into a spool.
 
-        ``deadline_s`` is the time for all of it, in seconds.
+        ``deadline_s`` is the time for all of it, in seconds, once its turn has come.
+        Of those that name the same ``caller`` (a tenant), only some have a turn.
 
         Raises:
+            FetcherBusyError: too many are being fetched.
             FetchRefusedError: the address is not public, or the file did not come
                 whole, in time and within the spool's limit.
         """
@@ -726,11 +734,25 @@ class StoredFile:
         return self.id
 
 
+@dataclass(frozen=True, slots=True)
+class FileUse:
+    """How many unexpired files a tenant has, or may have, and their bytes."""
+
+    files: int
+    size_bytes: int
+
+
 class FileStore(Protocol):
     """What tenants uploaded."""
 
-    async def add_file(self, file: StoredFile, *, files_max: int, now_ms: int) -> bool:
-        """Write a file down; False if the tenant has as many as it may, unexpired."""
+    async def add_file(
+        self, file: StoredFile, *, at_most: FileUse, now_ms: int
+    ) -> bool:
+        """Write a file down; False if the tenant would have more than it may."""
+        ...
+
+    async def file_use(self, tenant_id: str, *, now_ms: int) -> FileUse:
+        """Count a tenant's unexpired files and their bytes."""
         ...
 
     async def file(self, file_id: str, *, now_ms: int) -> StoredFile | None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import httpcore
 
@@ -30,15 +32,16 @@ from gateway.core.addresses import (
     checked_url,
     redirected,
 )
-from gateway.ports import Clock, FetchRefusedError, WritableSpool
+from gateway.ports import Clock, FetcherBusyError, FetchRefusedError, WritableSpool
 from providers.kit.spool import SpoolLimitError
 
 __all__ = ["GuardedFetcher", "SystemResolver"]
 
 FETCHES_MAX = 32
+"""At once, in the whole process; the others wait for their turn."""
+FETCHES_MAX_PER_CALLER = 8
 TURN_MAX_S = 20.0
-"""How long a fetch may wait for one of them."""
-"""At once, in the whole process; the others wait, within their deadline."""
+"""How long a fetch may wait for its turn."""
 FILE_MAX_BYTES = 50 * 1024 * 1024
 """What a file may say of its length; what it really has, its spool limits."""
 REDIRECTS_MAX = 3
@@ -77,40 +80,61 @@ class GuardedFetcher:
         default_factory=lambda: asyncio.Semaphore(FETCHES_MAX), init=False
     )
 
-    async def fetch(self, url: str, into: WritableSpool, *, deadline_s: float) -> None:
+    _turns_of: WeakValueDictionary[str, asyncio.Semaphore] = field(
+        default_factory=WeakValueDictionary, init=False
+    )
+    """Of each caller; kept by those who have a turn, or wait for one."""
+
+    async def fetch(
+        self, url: str, into: WritableSpool, *, deadline_s: float, caller: str = ""
+    ) -> None:
         """Stream the file at ``url`` into a spool, within ``deadline_s`` seconds.
 
+        They begin with its turn. Without a ``caller``, only the turns of all count.
+
         Raises:
+            FetcherBusyError: no turn came within ``TURN_MAX_S``.
             FetchRefusedError: the URL may not be, or could not be, fetched whole.
             OSError: the spool cannot be written (the disk is full, say).
         """
-        deadline = asyncio.timeout(deadline_s)
         try:
             first = checked_url(url, self.rules)
-            await self._take_turn()
-            try:
-                async with deadline:
-                    await self._follow(first, into)
-            finally:
-                self._turns.release()
+            async with self._turn(caller):
+                await self._follow_until(first, into, deadline_s)
         except ForbiddenUrlError as error:
             raise FetchRefusedError(str(error)) from error
+
+    @asynccontextmanager
+    async def _turn(self, caller: str) -> AsyncIterator[None]:
+        own = asyncio.Semaphore(FETCHES_MAX_PER_CALLER)
+        if caller:
+            own = self._turns_of.setdefault(caller, own)
+        async with AsyncExitStack() as held:
+            # Waiting for others is no fault of the host: it has a limit of its own.
+            try:
+                async with asyncio.timeout(TURN_MAX_S):
+                    # In this order: who waits for its own holds up nobody else.
+                    await held.enter_async_context(own)
+                    await held.enter_async_context(self._turns)
+            except TimeoutError:
+                raise FetcherBusyError(
+                    "The gateway is fetching as much as it may. Send the request again."
+                ) from None
+            yield
+
+    async def _follow_until(
+        self, url: CheckedUrl, into: WritableSpool, deadline_s: float
+    ) -> None:
+        deadline = asyncio.timeout(deadline_s)
+        try:
+            async with deadline:
+                await self._follow(url, into)
         except TimeoutError as error:
             if not deadline.expired():
                 raise
             raise FetchRefusedError(
                 f"The file did not come within {deadline_s:g} s."
             ) from error
-
-    async def _take_turn(self) -> None:
-        # Waiting for others is no fault of the host: it has a limit of its own.
-        try:
-            async with asyncio.timeout(TURN_MAX_S):
-                await self._turns.acquire()
-        except TimeoutError:
-            raise FetchRefusedError(
-                "The gateway is fetching as much as it may. Send the request again."
-            ) from None
 
     async def _follow(self, url: CheckedUrl, into: WritableSpool) -> None:
         guard = Guard(self.clock, self.resolve, self.allow, self.network)

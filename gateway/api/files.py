@@ -2,52 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
-import binascii
-import re
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import msgspec
 from litestar import Response, delete, get, post
 from litestar.handlers import HTTPRouteHandler
-from litestar.types import Receive
 
+from gateway.api.base64_uploads import read_base64_upload
 from gateway.api.forms import Form, FormLimits, boundary_of, read_form
-from gateway.api.http import AnyRequest, consume, note_of, read_json
+from gateway.api.http import AnyRequest, note_of, read_json
 from gateway.api.links import Links
-from gateway.core.errors import (
-    InvalidRequestError,
-    TooLargeError,
-    insufficient_credits,
-    storage_full,
-)
-from gateway.core.images import IMAGE_MAX_BYTES, too_large
+from gateway.core.errors import InvalidRequestError, insufficient_credits, storage_full
+from gateway.core.images import IMAGE_MAX_BYTES
 from gateway.flows.credits import ManageTenants
 from gateway.flows.files import FetchFile, Files, Naming, upload_spool
 from gateway.flows.keys import Authenticate
-from gateway.ports import Spools, StoredFile, WritableSpool
-from providers.kit.spool import SpoolLimitError
+from gateway.ports import Spools, StoredFile
 
-BASE64_BODY_MAX_BYTES = 72 * 1024 * 1024
-"""50 MB as base64 in JSON, with room for escaped slashes and line breaks."""
-BODY_MAX_S = 600.0
-DECODED_AT_ONCE = 2
-"""So many base64 bodies are in memory at a time; the others wait on the disk."""
-DECODED_CHARS = 64 * 1024
-DATA_URL_HEAD_MAX_CHARS = 256
 URL_MAX_CHARS = 2_048
 PAGE_SIZE = 20
 PAGE_SIZE_MAX = 100
 PAGE_MAX = 1_000_000
 FORM_LIMITS = FormLimits(files=1, file_max_bytes=IMAGE_MAX_BYTES)
-
-NAMES = ("file_name", "upload_path")
-_NOT_PLAIN = re.compile(rb"[\\ ]")
-
-Fields = dict[str, msgspec.Raw]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +40,6 @@ class FileApi:
     links: Links
     tenants: ManageTenants
     storage_trouble: Callable[[], Awaitable[str | None]]
-    gate: asyncio.Semaphore = field(
-        default_factory=lambda: asyncio.Semaphore(DECODED_AT_ONCE)
-    )
 
     async def tenant_of(self, request: AnyRequest) -> str:
         """Tell whose key the request carries."""
@@ -118,7 +94,8 @@ def _upload_routes(api: FileApi) -> list[HTTPRouteHandler]:
         """Keep a picture that comes as base64, or as a data URL, in JSON."""
         tenant_id = await api.uploader_of(request)
         with closing(upload_spool(api.spools)) as spool:
-            naming = await _read_base64(api, request.receive, spool)
+            fields = await read_base64_upload(request.receive, spool)
+            naming = _naming(fields)
             file = await api.files.keep(tenant_id, spool, naming, param="base64_data")
         return api.uploaded(request, file)
 
@@ -185,13 +162,17 @@ def _keeping_routes(api: FileApi) -> list[HTTPRouteHandler]:
 
     @get("/api/v1/files/quota")
     async def show_quota(request: AnyRequest) -> Response[bytes]:
-        """Tell how many files the tenant has, and may have."""
+        """Tell how many files and bytes the tenant has, and may have."""
         quota = await api.files.quota(await api.tenant_of(request))
+        used, at_most = quota.used, quota.at_most
         data = {
             "user_group": "default",
-            "used_files": quota.used,
-            "max_files": quota.files_max,
-            "remain_files": max(quota.files_max - quota.used, 0),
+            "used_files": used.files,
+            "max_files": at_most.files,
+            "remain_files": max(at_most.files - used.files, 0),
+            "used_bytes": used.size_bytes,
+            "max_bytes": at_most.size_bytes,
+            "remain_bytes": max(at_most.size_bytes - used.size_bytes, 0),
             "is_custom": False,
             "quota_reason": "default",
         }
@@ -214,98 +195,6 @@ async def _read_upload_form(api: FileApi, request: AnyRequest) -> Form:
             code="invalid_content_type",
         )
     return await read_form(request.receive, boundary, api.spools, FORM_LIMITS)
-
-
-async def _read_base64(api: FileApi, receive: Receive, into: WritableSpool) -> Naming:
-    body = api.spools.open("raw", limit_bytes=BASE64_BODY_MAX_BYTES)
-    try:
-        await _receive(receive, body)
-        async with api.gate:
-            return await asyncio.to_thread(_decode_body, body, into)
-    finally:
-        body.close()
-
-
-async def _receive(receive: Receive, body: WritableSpool) -> None:
-    def take(chunk: bytes) -> None:
-        try:
-            body.append(chunk)
-        except SpoolLimitError as error:
-            raise TooLargeError(
-                f"The body may have at most {BASE64_BODY_MAX_BYTES:,} bytes, the "
-                f"picture in it {IMAGE_MAX_BYTES:,}."
-            ) from error
-
-    await consume(receive, take, max_s=BODY_MAX_S)
-
-
-def _decode_body(body: WritableSpool, into: WritableSpool) -> Naming:
-    """Find the fields of a JSON body, and decode the picture into a spool."""
-    content = bytearray(body.size_bytes)
-    at = 0
-    for chunk in body.chunks():
-        content[at : at + len(chunk)] = chunk
-        at += len(chunk)
-    try:
-        # Raw values are views: the picture is not copied before it is decoded.
-        fields = msgspec.json.decode(content, type=Fields)
-        texts = {
-            name: msgspec.json.decode(fields[name]) for name in NAMES if name in fields
-        }
-        text = _text_in(fields.get("base64_data", msgspec.Raw()))
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise InvalidRequestError(
-            f"The body must be a JSON object; it could not be read: {error}.",
-            code="invalid_json",
-        ) from error
-    naming = _naming(texts)
-    _decode_picture(_base64_in(text), into)
-    return naming
-
-
-def _text_in(value: msgspec.Raw) -> memoryview:
-    """Take the content of a JSON string; empty if it is not one."""
-    text = memoryview(value)
-    if bytes(text[:1]) != b'"':
-        return memoryview(b"")
-    if not _NOT_PLAIN.search(text):
-        return text[1:-1]
-    # Escaped slashes, line breaks: some encoders write them.
-    plain = str(msgspec.json.decode(value)).encode("ascii", "replace")
-    return memoryview(plain.translate(None, b" \r\n\t"))
-
-
-def _base64_in(text: memoryview) -> memoryview:
-    """Take off the head of a data URL, if there is one."""
-    head = bytes(text[:DATA_URL_HEAD_MAX_CHARS])
-    if head[:5].lower() != b"data:":
-        return text
-    comma = head.find(b",")
-    if not head[: max(comma, 0)].lower().endswith(b";base64"):
-        raise _no_base64()
-    return text[comma + 1 :]
-
-
-def _decode_picture(text: memoryview, into: WritableSpool) -> None:
-    if not text:
-        raise _no_base64()
-    try:
-        for at in range(0, len(text), DECODED_CHARS):
-            piece = bytes(text[at : at + DECODED_CHARS])
-            piece += b"=" * (-len(piece) % 4)
-            into.append(binascii.a2b_base64(piece, strict_mode=True))
-    except binascii.Error as error:
-        raise _no_base64() from error
-    except SpoolLimitError as error:
-        raise too_large("base64_data") from error
-
-
-def _no_base64() -> InvalidRequestError:
-    return InvalidRequestError(
-        "base64_data must be the picture as base64 text, or as a data URL such as "
-        "data:image/png;base64,iVBORw0….",
-        param="base64_data",
-    )
 
 
 def _naming(fields: Mapping[str, object]) -> Naming:

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
-from gateway.core.errors import GatewayError, InvalidRequestError, NotFoundError
+from gateway.core.errors import (
+    GatewayError,
+    InvalidRequestError,
+    NotFoundError,
+    ServiceUnavailableError,
+)
 from gateway.core.images import (
     IMAGE_MAX_BYTES,
     check_reference,
@@ -19,8 +24,10 @@ from gateway.ports import (
     Chance,
     Clock,
     Fetcher,
+    FetcherBusyError,
     FetchRefusedError,
     FileStore,
+    FileUse,
     Spools,
     StoredFile,
     WritableSpool,
@@ -28,6 +35,7 @@ from gateway.ports import (
 from providers.kit.contract import Payload
 from providers.kit.images import (
     ImageHeader,
+    LongHeaderError,
     NotAnImageError,
     read_payload_header,
 )
@@ -35,11 +43,14 @@ from providers.kit.images import (
 FILE_KEPT_MS = 72 * 3600 * 1000
 FILES_MAX = 2_000
 """How many unexpired files a tenant may have."""
+FILES_MAX_BYTES_PER_TENANT = 5 * 1024 * 1024 * 1024
+"""What they may have together; fewer of the largest fit than may be there."""
 NAME_MAX_CHARS = 200
 UPLOAD_PATH_MAX_CHARS = 200
 GIVEN_MAX_CHARS = 1_024
 """What is looked at of a name that a caller gives."""
 FETCH_MAX_S = 30.0
+BUSY_RETRY_AFTER_S = 10
 SWEEP_MAX_FILES = 500
 ORPHAN_GRACE_MS = 3_600_000
 """A blob whose file was never written down is deleted so long after its time."""
@@ -53,6 +64,8 @@ EXTENSIONS = {
     "image/webp": ("webp",),
 }
 
+QUOTA = FileUse(FILES_MAX, FILES_MAX_BYTES_PER_TENANT)
+
 
 @dataclass(frozen=True, slots=True)
 class Naming:
@@ -65,10 +78,10 @@ class Naming:
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """How many files a tenant has, and may have."""
+    """How many files a tenant has, and may have, and their bytes."""
 
-    used: int
-    files_max: int
+    used: FileUse
+    at_most: FileUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +97,11 @@ class Files:
         """Refuse an upload that could not be kept, before its body is read.
 
         Raises:
-            InvalidRequestError: the tenant has as many files as it may.
+            InvalidRequestError: the tenant has as many files, or bytes, as it may.
         """
-        if (await self.quota(tenant_id)).used >= FILES_MAX:
+        used = (await self.quota(tenant_id)).used
+        full = used.size_bytes >= QUOTA.size_bytes
+        if full or used.files >= QUOTA.files:
             raise _quota_reached()
 
     async def keep(
@@ -98,7 +113,7 @@ class Files:
 
         Raises:
             InvalidRequestError: it is no picture that a model could use, or the
-                tenant has as many files as it may.
+                tenant would have more than it may.
             TooLargeError: it is over the limit.
             ServiceUnavailableError: it cannot be stored.
         """
@@ -114,7 +129,7 @@ class Files:
         )
         await self.blobs.keep_file(file.blob, content)
         try:
-            added = await self.store.add_file(file, files_max=FILES_MAX, now_ms=now_ms)
+            added = await self.store.add_file(file, at_most=QUOTA, now_ms=now_ms)
         except GatewayError:
             await self.blobs.delete(file.blob)
             raise
@@ -162,9 +177,9 @@ class Files:
         )
 
     async def quota(self, tenant_id: str) -> Quota:
-        """Count the tenant's files."""
-        used, _ = await self.listed(tenant_id, page=1, page_size=1)
-        return Quota(used=used, files_max=FILES_MAX)
+        """Count the tenant's files and their bytes."""
+        used = await self.store.file_use(tenant_id, now_ms=self.clock.now_ms())
+        return Quota(used, QUOTA)
 
     async def expire(self) -> int:
         """Delete what has expired, blob before row; returns how many files."""
@@ -194,12 +209,17 @@ class FetchFile:
 
         Raises:
             InvalidRequestError: it could not be fetched; else as ``Files.keep``.
+            ServiceUnavailableError: too many are being fetched.
         """
         spool = upload_spool(self.spools)
         try:
-            await self.fetcher.fetch(url, spool, deadline_s=FETCH_MAX_S)
+            await self.fetcher.fetch(
+                url, spool, deadline_s=FETCH_MAX_S, caller=tenant_id
+            )
             named = Naming(_name_in(url), naming.file_name, naming.upload_path)
             return await self.files.keep(tenant_id, spool, named, param="file_url")
+        except FetcherBusyError as error:
+            raise fetcher_busy() from error
         except FetchRefusedError as error:
             raise InvalidRequestError(
                 f"The file could not be fetched: {error}",
@@ -208,6 +228,16 @@ class FetchFile:
             ) from error
         finally:
             spool.close()
+
+
+def fetcher_busy() -> ServiceUnavailableError:
+    """Say that no turn to fetch a URL came free in time."""
+    return ServiceUnavailableError(
+        "Too many files are being fetched, of yours or in all. Try again in a moment, "
+        "or upload the file.",
+        code="overloaded",
+        retry_after_s=BUSY_RETRY_AFTER_S,
+    )
 
 
 def upload_spool(spools: Spools) -> WritableSpool:
@@ -232,6 +262,13 @@ def read_picture(content: Payload, param: str) -> ImageHeader:
         raise too_large(param)
     try:
         header = read_payload_header(content)
+    except LongHeaderError as error:
+        raise InvalidRequestError(
+            "The picture cannot be used: its header is too long. Save it without "
+            "embedded texts and profiles.",
+            param=param,
+            code="invalid_image",
+        ) from error
     except NotAnImageError as error:
         raise not_an_image(param) from error
     check_reference(header, content.size_bytes, param)
@@ -306,7 +343,8 @@ def _name_in(url: str) -> str | None:
 
 def _quota_reached() -> InvalidRequestError:
     return InvalidRequestError(
-        f"There are {FILES_MAX:,} files already, as many as a tenant may have. "
+        f"A tenant may have at most {FILES_MAX:,} files with "
+        f"{FILES_MAX_BYTES_PER_TENANT:,} bytes together, and has no room for this one. "
         "Delete some, or wait until some expire.",
         code="file_quota_exceeded",
     )

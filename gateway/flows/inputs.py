@@ -8,18 +8,18 @@ from __future__ import annotations
 import asyncio
 import binascii
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from weakref import WeakValueDictionary
+from dataclasses import dataclass
 
 from gateway.core.errors import InvalidRequestError
 from gateway.core.images import IMAGE_MAX_BYTES, check_mask
 from gateway.core.requests import UPLOAD_SCHEME, ImageRequest
 from gateway.core.sizes import Size
-from gateway.flows.files import read_picture
+from gateway.flows.files import fetcher_busy, read_picture
 from gateway.ports import (
     BlobStore,
     Clock,
     Fetcher,
+    FetcherBusyError,
     FetchRefusedError,
     FileStore,
     Spools,
@@ -29,8 +29,6 @@ from providers.kit.contract import InputFile, Payload
 from providers.kit.payloads import BrokenBase64Error, raw_chunks
 
 FETCHES_MAX_PER_REQUEST = 4
-FETCHES_MAX_PER_TENANT = 8
-"""So that one tenant's slow hosts leave turns to the others."""
 FETCH_MAX_S = 30.0
 ALL_FETCHES_MAX_S = 120.0
 COPY_BYTES = 64 * 1024
@@ -68,9 +66,6 @@ class LoadInputs:
     uploads: BlobStore
     spools: Spools
     clock: Clock
-    _tenant_gates: WeakValueDictionary[str, asyncio.Semaphore] = field(
-        default_factory=WeakValueDictionary
-    )
 
     async def __call__(
         self, request: ImageRequest, tenant_id: str, brought: Sequence[Payload]
@@ -86,19 +81,15 @@ class LoadInputs:
         Raises:
             InvalidRequestError: a picture cannot be had or cannot be used; ``param``
                 names it.
+            ServiceUnavailableError: too many files are being fetched.
         """
         names = request.reference_params or ("image_urls",) * len(request.references)
         places = list(zip(request.references, names, strict=True))
         if request.mask is not None:
             places.append((request.mask, request.mask_param))
-        gates = (
-            asyncio.Semaphore(FETCHES_MAX_PER_REQUEST),
-            self._tenant_gates.setdefault(
-                tenant_id, asyncio.Semaphore(FETCHES_MAX_PER_TENANT)
-            ),
-        )
+        gate = asyncio.Semaphore(FETCHES_MAX_PER_REQUEST)
         loads = [
-            asyncio.ensure_future(self._load(place, tenant_id, brought, gates))
+            asyncio.ensure_future(self._load(place, tenant_id, brought, gate))
             for place in places
         ]
         try:
@@ -122,7 +113,7 @@ class LoadInputs:
         place: tuple[str, str],
         tenant_id: str,
         brought: Sequence[Payload],
-        gates: tuple[asyncio.Semaphore, asyncio.Semaphore],
+        gate: asyncio.Semaphore,
     ) -> tuple[Payload, str]:
         located, param = place
         if located.startswith((UPLOAD_SCHEME, DATA_MARK)):
@@ -134,16 +125,22 @@ class LoadInputs:
             elif located[:5].lower() == "data:":
                 await _decode_inline(located, param, spool)
             else:
-                async with gates[0], gates[1]:
-                    await self._fetch(located, param, spool)
+                async with gate:
+                    await self._fetch(located, param, tenant_id, spool)
         except BaseException:
             spool.close()
             raise
         return spool, param
 
-    async def _fetch(self, url: str, param: str, spool: WritableSpool) -> None:
+    async def _fetch(
+        self, url: str, param: str, tenant_id: str, spool: WritableSpool
+    ) -> None:
         try:
-            await self.fetcher.fetch(url, spool, deadline_s=FETCH_MAX_S)
+            await self.fetcher.fetch(
+                url, spool, deadline_s=FETCH_MAX_S, caller=tenant_id
+            )
+        except FetcherBusyError as error:
+            raise fetcher_busy() from error
         except FetchRefusedError as error:
             raise InvalidRequestError(
                 f"{param} could not be fetched: {error}",

@@ -34,6 +34,7 @@ from hypothesis import strategies as st
 
 from gateway.adapters.fetcher import (
     FETCHES_MAX,
+    FETCHES_MAX_PER_CALLER,
     FILE_MAX_BYTES,
     TURN_MAX_S,
     GuardedFetcher,
@@ -44,7 +45,7 @@ from gateway.adapters.outbound import (
     SystemResolver,
 )
 from gateway.core.addresses import UrlRules, may_reach
-from gateway.ports import FetchRefusedError
+from gateway.ports import FetcherBusyError, FetchRefusedError
 from providers.kit.spool import Spool, SpoolFolder
 from tests.virtual_time import LoopClock, VirtualTimeLoop
 
@@ -636,6 +637,76 @@ def test_waiting_for_a_turn_ends_and_is_not_the_hosts_fault(tmp_path: Path) -> N
         fates = runner.run(story())
     assert "could not be reached" in fates[0]
     assert "as much as it may" in fates[-1]
+
+
+@dataclass
+class Queue:
+    """A fetcher on virtual time whose every fetch takes as long as it may."""
+
+    fetcher: GuardedFetcher
+    spools: SpoolFolder
+
+    async def ended(self, caller: str, deadline_s: float = 30) -> tuple[str, float]:
+        """Fetch; returns how it ended, and when."""
+        spool = self.spools.open("raw")
+        outcome = "?"
+        try:
+            await self.fetcher.fetch(
+                f"https://{NAME}/", spool, deadline_s=deadline_s, caller=caller
+            )
+        except FetcherBusyError:
+            outcome = "busy"
+        except FetchRefusedError:
+            outcome = "refused"
+        finally:
+            spool.close()
+        return outcome, asyncio.get_running_loop().time()
+
+    async def ends(self, *fetches: tuple[str, float]) -> list[tuple[str, float]]:
+        return await asyncio.gather(*(self.ended(*fetch) for fetch in fetches))
+
+
+def queued(tmp_path: Path, *fetches: tuple[str, float]) -> list[tuple[str, float]]:
+    class Silence(httpcore.AsyncNetworkBackend):
+        async def connect_tcp(self, *_: Any, **__: Any) -> httpcore.AsyncNetworkStream:
+            await asyncio.sleep(3600)
+            raise AssertionError
+
+    async def here(host: str, port: int) -> Sequence[str]:
+        return ["93.184.216.34"]
+
+    async def story() -> list[tuple[str, float]]:
+        fetcher = GuardedFetcher(LoopClock(), here, network=Silence())
+        return await Queue(fetcher, SpoolFolder(tmp_path)).ends(*fetches)
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(story())
+
+
+def test_the_time_of_a_fetch_begins_with_its_turn(tmp_path: Path) -> None:
+    first = [("a", 15.0)] * FETCHES_MAX_PER_CALLER
+    ends = queued(tmp_path, *first, ("a", 30.0))
+
+    assert ends == [("refused", 15)] * FETCHES_MAX_PER_CALLER + [("refused", 45)]
+
+
+def test_who_waits_too_long_for_a_turn_is_told_that_all_are_busy(
+    tmp_path: Path,
+) -> None:
+    callers = [str(i) for i in range(FETCHES_MAX // FETCHES_MAX_PER_CALLER)]
+    most = [(caller, 30.0) for caller in callers] * FETCHES_MAX_PER_CALLER
+    ends = queued(tmp_path, *most, ("late", 30.0))
+
+    assert ends == [("refused", 30)] * FETCHES_MAX + [("busy", TURN_MAX_S)]
+
+
+def test_one_caller_cannot_take_the_turns_of_all(tmp_path: Path) -> None:
+    greedy = [("greedy", 30.0)] * (3 * FETCHES_MAX)
+    ends = queued(tmp_path, *greedy, ("modest", 5.0))
+
+    assert ends[-1] == ("refused", 5)
+    assert ends.count(("refused", 30)) == FETCHES_MAX_PER_CALLER
+    assert ends.count(("busy", TURN_MAX_S)) == (len(greedy) - FETCHES_MAX_PER_CALLER)
 
 
 # --- TLS ---

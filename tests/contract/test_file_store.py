@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.adapters.sql.files import SqlFiles
-from gateway.ports import StoredFile
+from gateway.ports import FileUse, StoredFile
 from tests.contract.stores import BACKENDS, NOW_MS, TENANT, Stores, open_stores
 
 HOUR_MS = 3_600_000
@@ -48,9 +48,15 @@ def a_file(file_id: str = "file_1", **changes: Any) -> StoredFile:
     return StoredFile(**(fields | changes))
 
 
-async def add(files: SqlFiles, *wanted: StoredFile, files_max: int = 100) -> list[bool]:
+def room(files_max: int = 100, max_bytes: int = 2**40) -> FileUse:
+    return FileUse(files_max, max_bytes)
+
+
+async def add(
+    files: SqlFiles, *wanted: StoredFile, at_most: FileUse | None = None
+) -> list[bool]:
     return [
-        await files.add_file(file, files_max=files_max, now_ms=NOW_MS)
+        await files.add_file(file, at_most=at_most or room(), now_ms=NOW_MS)
         for file in wanted
     ]
 
@@ -99,7 +105,7 @@ async def test_pages_together_show_every_file_once(files: SqlFiles) -> None:
 
 
 async def test_a_full_tenant_gets_no_further_file(files: SqlFiles) -> None:
-    added = await add(files, *(a_file(f"file_{i}") for i in range(3)), files_max=2)
+    added = await add(files, *(a_file(f"file_{i}") for i in range(3)), at_most=room(2))
 
     assert added == [True, True, False]
     assert await files.file("file_2", now_ms=NOW_MS) is None
@@ -111,7 +117,7 @@ async def test_the_files_of_others_and_expired_ones_take_no_room(
     expired = a_file("file_a", created_ms=NOW_MS - 9, expires_ms=NOW_MS)
     await add(files, expired, a_file("file_b", tenant_id="t-2"))
 
-    assert await add(files, a_file("file_c"), files_max=1) == [True]
+    assert await add(files, a_file("file_c"), at_most=room(1)) == [True]
 
 
 async def test_fifty_at_once_with_room_for_ten_are_exactly_ten(
@@ -119,7 +125,7 @@ async def test_fifty_at_once_with_room_for_ten_are_exactly_ten(
 ) -> None:
     added = await asyncio.gather(
         *(
-            files.add_file(a_file(f"file_{i}"), files_max=10, now_ms=NOW_MS)
+            files.add_file(a_file(f"file_{i}"), at_most=room(10), now_ms=NOW_MS)
             for i in range(50)
         )
     )
@@ -131,14 +137,55 @@ async def test_fifty_at_once_with_room_for_ten_are_exactly_ten(
     }
 
 
+async def test_a_file_that_just_fits_is_the_last(files: SqlFiles) -> None:
+    at_most = room(max_bytes=10)
+    sizes = (6, 5, 4, 1)
+    wanted = [a_file(f"file_{size}", size_bytes=size) for size in sizes]
+
+    assert await add(files, *wanted, at_most=at_most) == [True, False, True, False]
+
+    assert await files.file_use(TENANT, now_ms=NOW_MS) == FileUse(2, 10)
+    assert await files.file_use("t-2", now_ms=NOW_MS) == FileUse(0, 0)
+    assert await add(
+        files, a_file("file_x", tenant_id="t-2", size_bytes=10), at_most=at_most
+    ) == [True]
+
+
+async def test_the_bytes_of_expired_files_take_no_room(files: SqlFiles) -> None:
+    expired = a_file("file_a", created_ms=NOW_MS - 9, expires_ms=NOW_MS, size_bytes=9)
+    await add(files, expired)
+
+    fresh = a_file("file_b", size_bytes=10)
+    assert await add(files, fresh, at_most=room(max_bytes=10)) == [True]
+    assert await files.file_use(TENANT, now_ms=NOW_MS) == FileUse(1, 10)
+
+
+async def test_twenty_at_once_with_bytes_for_three_are_exactly_three(
+    files: SqlFiles,
+) -> None:
+    added = await asyncio.gather(
+        *(
+            files.add_file(
+                a_file(f"file_{i}", size_bytes=3),
+                at_most=room(max_bytes=11),
+                now_ms=NOW_MS,
+            )
+            for i in range(20)
+        )
+    )
+
+    assert sum(added) == 3
+    assert await files.file_use(TENANT, now_ms=NOW_MS) == FileUse(3, 9)
+
+
 async def test_a_removed_file_makes_room(files: SqlFiles) -> None:
-    await add(files, a_file(), files_max=1)
+    await add(files, a_file(), at_most=room(1))
 
     await files.remove_file("file_1")
     await files.remove_file("file_1")
 
     assert await files.file("file_1", now_ms=NOW_MS) is None
-    assert await add(files, a_file("file_2"), files_max=1) == [True]
+    assert await add(files, a_file("file_2"), at_most=room(1)) == [True]
 
 
 async def test_expired_files_are_found_for_whoever_sweeps(files: SqlFiles) -> None:

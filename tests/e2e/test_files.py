@@ -11,8 +11,10 @@ import socket
 import threading
 import zipfile
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from http.client import HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -508,11 +510,16 @@ def test_the_quota_counts_what_is_there(newcomer: httpx.Client) -> None:
         "used_files": 0,
         "max_files": 2_000,
         "remain_files": 2_000,
+        "used_bytes": 0,
+        "max_bytes": 5_368_709_120,
+        "remain_bytes": 5_368_709_120,
         "is_custom": False,
         "quota_reason": "default",
     }
     file_id = kept(by_base64(newcomer, PNG))["file_id"]
     assert (quota()["used_files"], quota()["remain_files"]) == (1, 1_999)
+    assert quota()["used_bytes"] == len(PNG)
+    assert quota()["remain_bytes"] == 5_368_709_120 - len(PNG)
 
     newcomer.delete(f"/api/v1/files/{file_id}")
 
@@ -525,6 +532,53 @@ def test_nothing_is_stored_for_a_tenant_without_credits(gateway: LiveGateway) ->
             answer = send(client, PNG)
             assert refused(answer)[:2] == (402, "insufficient_quota")
         assert kept(client.get("/api/v1/files/quota"))["used_files"] == 0
+
+
+UPLOADS = ("base64", "stream", "url")
+
+
+def refusal_before_body(client: httpx.Client, way: str) -> tuple[int, str]:
+    """Announce a body, send none of it, and take what is answered."""
+    address = urlsplit(str(client.base_url))
+    assert address.hostname
+    head = (
+        f"POST {UPLOAD}/{way} HTTP/1.1\r\nhost: x\r\n"
+        f"authorization: {client.headers['authorization']}\r\n"
+        f"content-type: {FORM['content-type']}\r\ncontent-length: 52000000\r\n\r\n"
+    )
+    with socket.create_connection((address.hostname, address.port or 80), 10) as line:
+        line.sendall(head.encode())
+        with closing(HTTPResponse(line)) as answer:
+            answer.begin()
+            status, body = answer.status, json.loads(answer.read())
+    return status, str(body["error"]["code"])
+
+
+@pytest.mark.parametrize("way", UPLOADS)
+def test_who_has_no_credits_is_turned_away_before_the_body(
+    gateway: LiveGateway, way: str
+) -> None:
+    key = gateway.tenant(f"penniless-{way}", "0")
+
+    with gateway.client(key) as poor:
+        assert refusal_before_body(poor, way) == (402, "insufficient_quota")
+        assert poor.get("/api/v1/files/quota").status_code == 200
+
+
+@pytest.mark.parametrize("way", UPLOADS)
+def test_a_disk_in_trouble_turns_uploads_away_before_their_body(
+    newcomer: httpx.Client, gateway: LiveGateway, way: str
+) -> None:
+    uploads = gateway.data_dir / "uploads"
+    aside = gateway.data_dir / "uploads-aside"
+    uploads.rename(aside)
+    uploads.write_text("no folder")
+    try:
+        assert refusal_before_body(newcomer, way) == (503, "storage_unavailable")
+    finally:
+        uploads.unlink()
+        aside.rename(uploads)
+    kept(by_stream(newcomer, PNG))
 
 
 def test_a_deleted_file_is_gone_with_its_links(

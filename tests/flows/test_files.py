@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,18 @@ from gateway.core.images import IMAGE_MAX_BYTES
 from gateway.flows.files import (
     FILE_KEPT_MS,
     FILES_MAX,
+    FILES_MAX_BYTES_PER_TENANT,
     FetchFile,
     Files,
     Naming,
 )
-from gateway.ports import FetchRefusedError, StoredFile, WritableSpool
+from gateway.ports import (
+    FetcherBusyError,
+    FetchRefusedError,
+    FileUse,
+    StoredFile,
+    WritableSpool,
+)
 from providers.kit.contract import Payload
 from providers.kit.spool import SpoolFolder
 from tests.fakes import FakeChance, FakePayload, MemoryBlobs
@@ -83,13 +90,21 @@ class MemoryFiles:
     kept: dict[str, StoredFile] = field(default_factory=dict)
     broken: GatewayError | None = None
 
-    async def add_file(self, file: StoredFile, *, files_max: int, now_ms: int) -> bool:
+    async def add_file(
+        self, file: StoredFile, *, at_most: FileUse, now_ms: int
+    ) -> bool:
         if self.broken is not None:
             raise self.broken
-        if len(self._live(file.tenant_id, now_ms)) >= files_max:
+        use = await self.file_use(file.tenant_id, now_ms=now_ms)
+        over = use.size_bytes + file.size_bytes > at_most.size_bytes
+        if over or use.files >= at_most.files:
             return False
         self.kept[file.id] = file
         return True
+
+    async def file_use(self, tenant_id: str, *, now_ms: int) -> FileUse:
+        live = self._live(tenant_id, now_ms)
+        return FileUse(len(live), sum(file.size_bytes for file in live))
 
     async def file(self, file_id: str, *, now_ms: int) -> StoredFile | None:
         file = self.kept.get(file_id)
@@ -133,6 +148,9 @@ class Cupboard:
         naming = naming or Naming()
         payload = InPieces(content)
         return await self.files.keep(tenant, payload, naming, param="file")
+
+    def hoard(self, size_bytes: int) -> None:
+        self.store.kept["large"] = replace(stored("large"), size_bytes=size_bytes)
 
     def fill(self) -> None:
         for number in range(FILES_MAX):
@@ -196,9 +214,9 @@ def animated(image_format: str) -> bytes:
     return file.getvalue()
 
 
-def animated_behind_a_profile() -> bytes:
+def animated_behind_a_profile(size_bytes: int = 200_000) -> bytes:
     plain = animated("PNG")
-    profile = b"\x00" * 200_000
+    profile = b"\x00" * size_bytes
     chunk = len(profile).to_bytes(4, "big") + b"iCCP" + profile + b"\x00" * 4
     return plain[:33] + chunk + plain[33:]
 
@@ -215,6 +233,8 @@ REFUSED = {
     "an animated PNG": animated("PNG"),
     "an animated WebP": animated("WEBP"),
     "an animation behind a large profile": animated_behind_a_profile(),
+    "an animation behind a larger profile": animated_behind_a_profile(2_000_000),
+    "a header without end": animated_behind_a_profile(17_000_000),
     "20,000 pixels wide": encoded("PNG", (20_000, 1)),
     "over 64 megapixels": encoded("JPEG", (8_001, 8_000)),
 }
@@ -324,13 +344,41 @@ async def test_a_full_tenant_is_turned_away_before_and_after_its_body(
     await cupboard.keep(tenant="t-2")
 
 
+async def test_a_file_that_would_pass_the_bytes_of_a_tenant_is_refused(
+    cupboard: Cupboard,
+) -> None:
+    files = cupboard.files
+    cupboard.hoard(FILES_MAX_BYTES_PER_TENANT - len(PNG))
+    await files.keep("t-1", FakePayload(PNG), Naming(), param="file")
+    cupboard.hoard(FILES_MAX_BYTES_PER_TENANT - 2 * len(PNG) + 1)
+    await files.check_room("t-1")
+
+    with pytest.raises(InvalidRequestError) as refused:
+        await files.keep("t-1", FakePayload(PNG), Naming(), param="file")
+
+    assert refused.value.code == "file_quota_exceeded"
+    assert len(cupboard.blobs.kept) == 1
+    await files.keep("t-2", FakePayload(PNG), Naming(), param="file")
+
+
+async def test_a_tenant_without_a_byte_left_is_turned_away_before_the_body(
+    cupboard: Cupboard,
+) -> None:
+    cupboard.hoard(FILES_MAX_BYTES_PER_TENANT)
+
+    with pytest.raises(InvalidRequestError) as refused:
+        await cupboard.files.check_room("t-1")
+
+    assert refused.value.code == "file_quota_exceeded"
+
+
 async def test_room_comes_back_when_files_expire(cupboard: Cupboard) -> None:
     cupboard.fill()
     cupboard.clock.at_ms += FILE_KEPT_MS
 
     await cupboard.files.check_room("t-1")
 
-    assert (await cupboard.files.quota("t-1")).used == 0
+    assert (await cupboard.files.quota("t-1")).used == FileUse(0, 0)
 
 
 @pytest.mark.parametrize("broken", ["store", "blobs"])
@@ -395,9 +443,16 @@ class FakeFetcher:
     """Finds what is at its URLs; anything else may not be fetched."""
 
     there: dict[str, bytes]
+    busy: bool = False
+    callers: list[str] = field(default_factory=list)
 
-    async def fetch(self, url: str, into: WritableSpool, *, deadline_s: float) -> None:
+    async def fetch(
+        self, url: str, into: WritableSpool, *, deadline_s: float, caller: str = ""
+    ) -> None:
         assert 0 < deadline_s <= 30
+        self.callers.append(caller)
+        if self.busy:
+            raise FetcherBusyError
         if url not in self.there:
             into.append(b"a part of it")
             raise FetchRefusedError("The URL could not be reached.")
@@ -408,13 +463,28 @@ async def test_a_file_is_fetched_from_where_its_owner_points(
     cupboard: Cupboard, tmp_path: Path
 ) -> None:
     url = "https://pictures.test/a%20fox.jpg?size=large"
-    fetch = FetchFile(cupboard.files, FakeFetcher({url: JPEG}), SpoolFolder(tmp_path))
+    fetcher = FakeFetcher({url: JPEG})
+    fetch = FetchFile(cupboard.files, fetcher, SpoolFolder(tmp_path))
 
     file = await fetch("t-1", url, Naming(upload_path="foxes"))
 
     assert (file.name, file.original_name) == ("a fox.jpg", "a fox.jpg")
     assert (file.media_type, file.upload_path) == ("image/jpeg", "foxes")
     assert cupboard.blobs.kept[file.blob] == JPEG
+    assert fetcher.callers == ["t-1"]
+
+
+async def test_who_gets_no_turn_to_fetch_is_asked_to_come_back(
+    cupboard: Cupboard, tmp_path: Path
+) -> None:
+    fetch = FetchFile(cupboard.files, FakeFetcher({}, busy=True), SpoolFolder(tmp_path))
+
+    with pytest.raises(ServiceUnavailableError) as refused:
+        await fetch("t-1", "https://a.test/", Naming())
+
+    assert refused.value.code == "overloaded"
+    assert refused.value.retry_after_s
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from PIL import Image
 from gateway.core.errors import GatewayError, InvalidRequestError, TooLargeError
 from gateway.core.requests import ImageRequest
 from gateway.flows.inputs import FETCHES_MAX_PER_REQUEST, Inputs, LoadInputs
-from gateway.ports import FetchRefusedError, StoredFile, WritableSpool
+from gateway.ports import FetcherBusyError, FetchRefusedError, StoredFile, WritableSpool
 from providers.kit.contract import Payload
 from providers.kit.spool import SpoolFolder
 from tests.fakes import FakePayload, MemoryBlobs
@@ -37,6 +37,9 @@ ANIMATED = picture(
 )
 
 
+BUSY = "https://a.test/busy"
+
+
 class Web:
     """A ``Fetcher`` over a dictionary; counts how many come at once."""
 
@@ -45,12 +48,18 @@ class Web:
         self.takes_s = 0.0
         self.at_once = 0
         self.most_at_once = 0
+        self.callers: set[str] = set()
 
-    async def fetch(self, url: str, into: WritableSpool, *, deadline_s: float) -> None:
+    async def fetch(
+        self, url: str, into: WritableSpool, *, deadline_s: float, caller: str = ""
+    ) -> None:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         await asyncio.sleep(self.takes_s)
         self.at_once -= 1
+        self.callers.add(caller)
+        if url == BUSY:
+            raise FetcherBusyError("Too many.")
         if url not in self.pages:
             raise FetchRefusedError("The URL could not be reached.")
         into.append(self.pages[url])
@@ -236,6 +245,13 @@ async def test_at_most_four_are_fetched_at_a_time(desk: Desk) -> None:
     assert len(inputs.references) == 16
     assert desk.web.most_at_once == FETCHES_MAX_PER_REQUEST
     inputs.close()
+
+
+async def test_a_busy_fetcher_is_no_fault_of_the_request(desk: Desk) -> None:
+    error = await desk.refusal(BUSY)
+
+    assert (error.status, error.code) == (503, "overloaded")
+    assert desk.web.callers == {"ten_1"}
 
 
 async def test_fetches_that_take_too_long_together_are_given_up(desk: Desk) -> None:

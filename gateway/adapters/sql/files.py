@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gateway.adapters.sql.database import Database, Row, Transaction
-from gateway.ports import StoredFile
+from gateway.ports import FileUse, StoredFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +15,17 @@ class SqlFiles:
 
     database: Database
 
-    async def add_file(self, file: StoredFile, *, files_max: int, now_ms: int) -> bool:
-        """See ``FileStore``; any number of calls at once keep to the number."""
+    async def add_file(
+        self, file: StoredFile, *, at_most: FileUse, now_ms: int
+    ) -> bool:
+        """See ``FileStore``; any number of calls at once keep to the limits."""
         return await self.database.write(
-            lambda tx: _add_file(tx, file, files_max, now_ms)
+            lambda tx: _add_file(tx, file, at_most, now_ms)
         )
+
+    async def file_use(self, tenant_id: str, *, now_ms: int) -> FileUse:
+        """See ``FileStore``."""
+        return await self.database.read(lambda tx: _use(tx, tenant_id, now_ms))
 
     async def file(self, file_id: str, *, now_ms: int) -> StoredFile | None:
         """See ``FileStore``."""
@@ -64,15 +70,16 @@ class SqlFiles:
 
 
 async def _add_file(
-    tx: Transaction, file: StoredFile, files_max: int, now_ms: int
+    tx: Transaction, file: StoredFile, at_most: FileUse, now_ms: int
 ) -> bool:
     # Makes those who add for one tenant wait for each other, on every engine: what
     # the second one counts then includes what the first one added.
     await tx.run(
         "UPDATE tenants SET created_ms = created_ms WHERE id = $1", file.tenant_id
     )
-    count = await _count(tx, file.tenant_id, now_ms)
-    if count >= files_max:
+    use = await _use(tx, file.tenant_id, now_ms)
+    too_large = use.size_bytes + file.size_bytes > at_most.size_bytes
+    if use.files >= at_most.files or too_large:
         return False
     await tx.run(
         """INSERT INTO files
@@ -108,18 +115,20 @@ async def _files(
         limit,
         offset,
     )
-    return await _count(tx, tenant_id, now_ms), [_file(row) for row in rows]
+    use = await _use(tx, tenant_id, now_ms)
+    return use.files, [_file(row) for row in rows]
 
 
-async def _count(tx: Transaction, tenant_id: str, now_ms: int) -> int:
+async def _use(tx: Transaction, tenant_id: str, now_ms: int) -> FileUse:
+    # Some engines add BIGINTs up to a number that is no integer any more.
     row = await tx.one(
-        "SELECT COUNT(*) FROM files WHERE tenant_id = $1 AND expires_ms > $2",
+        """SELECT COUNT(*), CAST(COALESCE(SUM(size_bytes), 0) AS BIGINT)
+        FROM files WHERE tenant_id = $1 AND expires_ms > $2""",
         tenant_id,
         now_ms,
     )
     assert row is not None
-    count: int = row[0]
-    return count
+    return FileUse(*row)
 
 
 def _file(row: Row) -> StoredFile:
