@@ -46,8 +46,8 @@ simulators: setup-dev ## Run a simulated OpenAI on loopback, to rehearse with
 	$(BIN)/python -m tests.simulators.openai_server
 
 lock: ## Pin all dependencies anew (needs uv)
-	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url pyproject.toml -o requirements/run.txt
-	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url pyproject.toml --group dev -o requirements/dev.txt
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header pyproject.toml -o requirements/run.txt
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header pyproject.toml --group dev -o requirements/dev.txt
 
 clean: ## Forget .venv and node_modules (data stays)
 	rm -rf $(VENV) $(CLIENTS)/node_modules
