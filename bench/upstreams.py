@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +17,8 @@ from typing import Any
 
 import httpx
 
-from tests.e2e.gateways import ROOT, LiveGateway
-from tests.e2e.openai_upstreams import OFFER
+from tests.e2e.gateways import LiveGateway
+from tests.e2e.openai_upstreams import OFFER, running_server
 from tests.simulators.openai_server import (
     HEAD_MAX_BYTES,
     KEY,
@@ -32,7 +30,6 @@ from tests.simulators.openai_server import (
     read_head,
 )
 
-STOP_MAX_S = 30
 KEPT_MAX = 1000
 
 
@@ -86,18 +83,8 @@ class Upstream:
 @contextmanager
 def upstream(name: str) -> Iterator[Upstream]:
     """Run one on a free port."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "bench.upstreams"],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    ) as process:
-        assert process.stdout is not None
-        try:
-            yield Upstream(name, process.stdout.readline().strip())
-        finally:
-            process.terminate()
-            process.wait(STOP_MAX_S)
+    with running_server("bench.upstreams") as base_url:
+        yield Upstream(name, base_url)
 
 
 @contextmanager

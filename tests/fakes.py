@@ -73,6 +73,23 @@ class FakeChance:
 
 
 @dataclass
+class StillClock:
+    """Stands still until a test moves it; keeps what it was asked to wait."""
+
+    at_ms: int = 1_790_000_000_000
+    slept_s: list[float] = field(default_factory=list)
+
+    def now_ms(self) -> int:
+        return self.at_ms
+
+    def monotonic_ms(self) -> int:
+        return self.at_ms
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept_s.append(seconds)
+
+
+@dataclass
 class FakePayload:
     """A picture in memory that knows whether it was closed."""
 

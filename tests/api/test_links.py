@@ -17,29 +17,13 @@ from gateway.api.links import Links, OpenLinks
 from gateway.flows.files import FILE_KEPT_MS
 from gateway.flows.tasks import Picture
 from gateway.ports import OpenBlob, StoredFile
-from tests.fakes import FakeChance, FakeEvents, FakePayload
+from tests.fakes import FakeChance, FakeEvents, FakePayload, StillClock
 
 CONTENT = bytes(range(256)) * 1_000
 SIZE = len(CONTENT)
 NOW_MS = 1_790_000_000_000
 MINUTE_MS = 60_000
 ORIGIN = "https://gateway.test"
-
-
-@dataclass
-class StillClock:
-    """Stands still until a test moves it."""
-
-    at_ms: int = NOW_MS
-
-    def now_ms(self) -> int:
-        return self.at_ms
-
-    def monotonic_ms(self) -> int:
-        return self.at_ms
-
-    async def sleep(self, seconds: float) -> None:
-        raise AssertionError(seconds)
 
 
 @dataclass(frozen=True)

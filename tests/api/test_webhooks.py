@@ -19,9 +19,8 @@ from gateway.core.webhooks import secret_for
 from gateway.flows.keys import Authenticate, ManageKeys, NewKey
 from gateway.flows.webhooks import ManageWebhooks
 from gateway.ports import Tenant
-from tests.api.test_links import StillClock
 from tests.contract.stores import TENANT, Stores, a_task, an_end, open_stores
-from tests.fakes import FakeChance, FakeEvents
+from tests.fakes import FakeChance, FakeEvents, StillClock
 
 PEPPER = b"pepper"
 ADMIN = "the admin key"

@@ -47,6 +47,7 @@ from gateway.adapters.outbound import (
 from gateway.core.addresses import UrlRules, may_reach
 from gateway.ports import FetcherBusyError, FetchRefusedError
 from providers.kit.spool import Spool, SpoolFolder
+from tests.fakes import StillClock
 from tests.virtual_time import LoopClock, VirtualTimeLoop
 
 ALLOWED = ip_network("127.0.0.2/32")
@@ -58,23 +59,6 @@ Script = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
 
 # --- the network under test ---
-
-
-@dataclass
-class StillClock:
-    """Stands still, and keeps what it was asked to wait."""
-
-    at_ms: int = 0
-    slept_s: list[float] = field(default_factory=list)
-
-    def now_ms(self) -> int:
-        return self.at_ms
-
-    def monotonic_ms(self) -> int:
-        return self.at_ms
-
-    async def sleep(self, seconds: float) -> None:
-        self.slept_s.append(seconds)
 
 
 @dataclass

@@ -35,13 +35,12 @@ from tests.contract.test_fetcher import (
     ALLOWED,
     HOME,
     Canary,
-    StillClock,
     Witness,
     Zone,
     certificate,
     listening,
 )
-from tests.fakes import FakeChance, FakeEvents
+from tests.fakes import FakeChance, FakeEvents, StillClock
 from tests.virtual_time import LoopClock, VirtualTimeLoop
 
 NAME = "hooks.example.com"

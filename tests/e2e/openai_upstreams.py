@@ -66,15 +66,22 @@ class SimulatedUpstream:
 @contextmanager
 def simulated_upstream(name: str) -> Iterator[SimulatedUpstream]:
     """Run one on a free port."""
+    with running_server("tests.simulators.openai_server") as base_url:
+        yield SimulatedUpstream(name, base_url)
+
+
+@contextmanager
+def running_server(module: str) -> Iterator[str]:
+    """Run a module as a process that prints its base URL; returns that."""
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.simulators.openai_server"],
+        [sys.executable, "-m", module],
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
     ) as process:
         assert process.stdout is not None
         try:
-            yield SimulatedUpstream(name, process.stdout.readline().strip())
+            yield process.stdout.readline().strip()
         finally:
             process.terminate()
             process.wait(STOP_MAX_S)

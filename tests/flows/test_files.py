@@ -36,7 +36,7 @@ from gateway.ports import (
 )
 from providers.kit.contract import Payload
 from providers.kit.spool import SpoolFolder
-from tests.fakes import FakeChance, FakePayload, MemoryBlobs
+from tests.fakes import FakeChance, FakePayload, MemoryBlobs, StillClock
 
 HOUR_MS = 3_600_000
 NOW_MS = 1_790_000_000_000
@@ -49,22 +49,6 @@ def encoded(image_format: str, size: tuple[int, int] = (8, 4), **options: Any) -
 
 
 PNG, JPEG, WEBP = (encoded(name) for name in ("PNG", "JPEG", "WEBP"))
-
-
-@dataclass
-class StillClock:
-    """Stands still until a test moves it."""
-
-    at_ms: int = NOW_MS
-
-    def now_ms(self) -> int:
-        return self.at_ms
-
-    def monotonic_ms(self) -> int:
-        return self.at_ms
-
-    async def sleep(self, seconds: float) -> None:
-        raise AssertionError(seconds)
 
 
 class InPieces(FakePayload):
