@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import random
 import re
 import shutil
+import socket
 import ssl
 import subprocess
 from collections.abc import (
@@ -52,6 +54,8 @@ from tests.virtual_time import LoopClock, VirtualTimeLoop
 
 ALLOWED = ip_network("127.0.0.2/32")
 HOME = "127.0.0.2"
+PORTS = range(20_000, 32_000)
+"""Below those that the system gives away by itself."""
 NAME = "files.example.com"
 FILE = bytes(range(256)) * 1024
 
@@ -161,6 +165,23 @@ async def listening(
         server.close()
 
 
+def shared_port(*hosts: str) -> int:
+    """Find a port that is free on all of these.
+
+    Not one that the system gave for the first: on the next it may be taken.
+    """
+    for port in random.sample(PORTS, 100):
+        try:
+            for host in hosts:
+                family = socket.AF_INET6 if ":" in host else socket.AF_INET
+                with socket.socket(family) as taken:
+                    taken.bind((host, port))
+        except OSError:
+            continue
+        return port
+    raise AssertionError(hosts)
+
+
 @dataclass
 class Street:
     """A site, canaries around it, and the fetcher that is led astray."""
@@ -196,10 +217,9 @@ async def street(tmp_path: Path) -> AsyncGenerator[Street, None]:
     clock, witness = StillClock(), Witness()
     async with AsyncExitStack() as stack:
         site.port = await stack.enter_async_context(listening(site.serve, HOME))
-        canary.port = await stack.enter_async_context(
-            listening(canary.serve, "127.0.0.1")
-        )
-        await stack.enter_async_context(listening(canary.serve, "::1", canary.port))
+        canary.port = shared_port("127.0.0.1", "::1", HOME)
+        for host in ("127.0.0.1", "::1"):
+            await stack.enter_async_context(listening(canary.serve, host, canary.port))
         fetcher = GuardedFetcher(
             clock,
             zone.resolve,

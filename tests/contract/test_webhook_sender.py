@@ -39,6 +39,7 @@ from tests.contract.test_fetcher import (
     Zone,
     certificate,
     listening,
+    shared_port,
 )
 from tests.fakes import FakeChance, FakeEvents, StillClock
 from tests.virtual_time import LoopClock, VirtualTimeLoop
@@ -128,12 +129,11 @@ async def place(tmp_path: Path) -> AsyncGenerator[Place, None]:
     # The library verifies by the machine's own time.
     clock = StillClock(int(time.time()) * 1000)
     async with AsyncExitStack() as stack:
-        port = await stack.enter_async_context(
-            listening(receiver.serve, HOME, tls=made.server([]))
+        canary.port = port = shared_port(HOME, "127.0.0.1")
+        await stack.enter_async_context(
+            listening(receiver.serve, HOME, port, tls=made.server([]))
         )
-        canary.port = await stack.enter_async_context(
-            listening(canary.serve, "127.0.0.1", port)
-        )
+        await stack.enter_async_context(listening(canary.serve, "127.0.0.1", port))
         sender = GuardedSender(
             clock,
             zone.resolve,
