@@ -26,6 +26,7 @@ from bench.figures import MIB, Table
 from bench.memory import Upload
 from bench.processes import Process, Watch
 from bench.upstreams import Upstream, gateway, upstream
+from tests.e2e.gateways import LiveGateway
 
 AT_A_TIME_MAX = 4
 FIRST_BYTE_MAX_MS = 50.0
@@ -131,7 +132,7 @@ async def run_rounds(
         opened = gateway(folder / "gateway", steady, more_config=config, env=env)
         live = await asyncio.to_thread(opened.__enter__)
         try:
-            key = await asyncio.to_thread(live.tenant, "bench", CREDITS)
+            key = await asyncio.to_thread(sync_key, live)
             connection = await Connection.to(live.url, key)
             # The first one imports what the others find there.
             assert await connection.send(GENERATIONS, generation()) == 200
@@ -146,6 +147,18 @@ async def run_rounds(
         finally:
             await asyncio.to_thread(opened.__exit__, None, None, None)
     return found, origin.partition(":")[0]
+
+
+def sync_key(live: LiveGateway) -> str:
+    """Make a key whose requests are answered with the picture.
+
+    With references by URL, others are answered with a task.
+    """
+    live.tenant("bench", CREDITS)
+    made = live.cli(
+        *("keys", "create", "--tenant", "bench", "--delivery", "sync", "--json")
+    )
+    return str(made.json["key"])
 
 
 async def one_round(
