@@ -120,8 +120,10 @@ async def test_who_has_lost_a_task_can_write_nothing(stores: Stores) -> None:
 
     with pytest.raises(FencedError):
         await stores.tasks.begin_attempt(an_attempt(seq=2, fence=zombie.fence))
+    held = await stores.balance()
     with pytest.raises(FencedError):
         await stores.tasks.finish(an_end(fence=zombie.fence))
+    assert await stores.balance() == held
     lost = await stores.queue.renew(
         "task-1", zombie.fence, now_ms=NOW_MS, lease_ms=LEASE_MS
     )

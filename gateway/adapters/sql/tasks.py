@@ -361,12 +361,14 @@ async def finish_task(tx: Transaction, end: TaskEnd) -> Settled:
         NotFoundError: there is no such task.
         FencedError: somebody else has claimed it.
     """
-    hold = await tx.one(
-        "SELECT tenant_id, nanocredits FROM holds WHERE task_id = $1", end.task_id
+    task = await tx.one(
+        """SELECT t.tenant_id, h.nanocredits, t.mode, t.state, t.callback_url
+        FROM tasks t JOIN holds h ON h.task_id = t.id WHERE t.id = $1""",
+        end.task_id,
     )
-    if hold is None:
+    if task is None:
         raise NotFoundError(f"there is no task {end.task_id!r}")
-    tenant_id, held = hold
+    tenant_id, held, mode, state, callback_url = task
     # The account is locked before the settlement is looked at: whoever settles the
     # same task meanwhile waits here, and then finds it settled.
     before = await lock_account(tx, tenant_id)
@@ -375,7 +377,6 @@ async def finish_task(tx: Transaction, end: TaskEnd) -> Settled:
     )
     if earlier is not None:
         return Settled(*earlier)
-    queue_state = await _queue_state(tx, end)
     after, settled = settle(before, held, end.due_nanocredits)
     await tx.run(
         """INSERT INTO settlements
@@ -403,9 +404,11 @@ async def finish_task(tx: Transaction, end: TaskEnd) -> Settled:
         reference=end.task_id,
         now_ms=end.finished_ms,
     )
-    if queue_state is not None:
-        await _leave_queue(tx, tenant_id, queue_state)
+    if mode == DeliveryMode.ASYNC.value:
+        await _leave_queue(tx, tenant_id, state)
     await _close_task(tx, end)
+    if callback_url is not None:
+        await add_delivery(tx, end)
     return settled
 
 
@@ -418,19 +421,6 @@ async def check_fence(tx: Transaction, task_id: str, fence: int) -> None:
     row = await tx.one("SELECT fence FROM tasks WHERE id = $1", task_id)
     if row is not None and row[0] != fence:
         raise FencedError(task_id)
-
-
-async def _queue_state(tx: Transaction, end: TaskEnd) -> str | None:
-    # Where an async task stands in the queue; None for a sync one.
-    row = await tx.one(
-        "SELECT mode, state, fence FROM tasks WHERE id = $1", end.task_id
-    )
-    if row is None:
-        return None
-    mode, state, fence = row
-    if fence != end.fence:
-        raise FencedError(end.task_id)
-    return str(state) if mode == DeliveryMode.ASYNC.value else None
 
 
 async def _leave_queue(tx: Transaction, tenant_id: str, state: str) -> None:
@@ -452,7 +442,7 @@ async def _close_task(tx: Transaction, end: TaskEnd) -> None:
             image_cached = $9, image_output = $10,
             route_json = COALESCE($11, route_json), order_json = NULL,
             lease_until_ms = NULL
-        WHERE id = $1 AND finished_ms IS NULL""",
+        WHERE id = $1 AND finished_ms IS NULL AND fence = $12""",
         end.task_id,
         end.state.value,
         end.finished_ms,
@@ -464,8 +454,10 @@ async def _close_task(tx: Transaction, end: TaskEnd) -> None:
         usage.image_cached if usage else None,
         usage.image_output if usage else None,
         end.route_json,
+        end.fence,
     )
-    assert closed == 1, end.task_id
+    if not closed:
+        raise FencedError(end.task_id)  # and all of the settlement is undone
     for attempt in end.attempts:
         await _end_attempt(tx, attempt)
     await _end_forgotten(tx, end)
@@ -474,7 +466,6 @@ async def _close_task(tx: Transaction, end: TaskEnd) -> None:
         await tx.run("UPDATE tasks SET fingerprint = NULL WHERE id = $1", end.task_id)
     for result in end.results:
         await _keep_result(tx, end.task_id, result)
-    await add_delivery(tx, end)
 
 
 async def _end_forgotten(tx: Transaction, end: TaskEnd) -> None:
