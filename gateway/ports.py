@@ -138,18 +138,19 @@ class StoredResult:
 class TaskEnd:
     """The end of a task: its settlement, and all that is committed with it.
 
-    ``attempts`` are the ends of those not ended yet; one that is not among them and
-    still open is booked as maybe billed. ``route_json`` None leaves the decision that
-    was kept with the first attempt. ``forget_key`` frees the idempotency key: the
-    client may try again. ``fence`` is that of the claim; a stale one is refused.
+    It is free unless it says what is due. ``attempts`` are the ends of those not ended
+    yet; one that is not among them and still open is booked as maybe billed.
+    ``route_json`` None leaves the decision that was kept with the first attempt.
+    ``forget_key`` frees the idempotency key: the client may try again. ``fence`` is
+    that of the claim; a stale one is refused.
     """
 
     task_id: str
     state: TaskState
     finished_ms: int
-    due_nanocredits: int
-    usage: Usage | None
-    usage_source: str
+    due_nanocredits: int = 0
+    usage: Usage | None = None
+    usage_source: str = "none"
     answer_json: str | None = None
     error_json: str | None = None
     route_json: str | None = None

@@ -59,9 +59,6 @@ class Recovery:
                 task_id=task.id,
                 state=TaskState.FAILED,
                 finished_ms=self.clock.now_ms(),
-                due_nanocredits=0,
-                usage=None,
-                usage_source="none",
                 error_json=json.dumps(task_error(error)),
                 forget_key=True,
             )

@@ -166,9 +166,6 @@ async def _cancel(
             task_id=task_id,
             state=TaskState.CANCELLED,
             finished_ms=now_ms,
-            due_nanocredits=0,
-            usage=None,
-            usage_source="none",
             error_json=CANCELLED_JSON,
             fence=fence,
         )
