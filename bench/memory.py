@@ -30,7 +30,8 @@ from bench.figures import MIB, Table
 from bench.processes import Process, Watch
 from bench.upstreams import Upstream, gateway, upstream
 from tests.e2e.gateways import LiveGateway
-from tests.simulators.openai_server import KEY, big_picture
+from tests.simulators.openai_server import KEY
+from tests.simulators.pictures import big_picture
 
 PER_ANSWER_MAX_MIB = 2.0
 BACK_MAX_PERCENT = 10.0

@@ -20,7 +20,8 @@ from bench.clients import GENERATIONS, Connection, PictureCheck, generation
 from bench.figures import MIB, Table
 from bench.processes import Process
 from bench.upstreams import Upstream, gateway, upstream
-from tests.simulators.openai_server import KEY, big_picture
+from tests.simulators.openai_server import KEY
+from tests.simulators.pictures import big_picture
 
 WARM_UP_REQUESTS = 50
 CREDITS = "100000000"

@@ -19,11 +19,9 @@ import httpx
 
 from tests.e2e.gateways import LiveGateway
 from tests.e2e.openai_upstreams import OFFER, running_server
-from tests.simulators.openai_server import (
+from tests.simulators.openai_server import KEY, OPERATIONS, OpenAISimulator
+from tests.simulators.server import (
     HEAD_MAX_BYTES,
-    KEY,
-    OPERATIONS,
-    OpenAISimulator,
     Reply,
     Seen,
     read_body,

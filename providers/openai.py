@@ -17,6 +17,7 @@ import msgspec
 
 from providers.kit.contract import (
     Account,
+    Cancelled,
     Capabilities,
     Done,
     FailureKind,
@@ -141,6 +142,10 @@ class OpenAI:
                 yield look
 
     async def poll(self, job: ImageJob, job_id: str) -> Done | Pending:  # noqa: ARG002 - the contract's
+        """Fail: no job is ever left pending by this API."""
+        raise _unable("this API has no jobs to ask for")
+
+    async def cancel(self, job: ImageJob, job_id: str) -> Cancelled | None:  # noqa: ARG002 - the contract's
         """Fail: no job is ever left pending by this API."""
         raise _unable("this API has no jobs to ask for")
 

@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from providers.kit.contract import (
     Account,
     Billed,
+    Cancelled,
     Capabilities,
     Done,
     FailureKind,
@@ -178,6 +179,10 @@ class Sandbox:
                 raise
 
     async def poll(self, job: ImageJob, job_id: str) -> Done | Pending:  # noqa: ARG002 - the contract's
+        """Fail: nothing is ever pending here."""
+        raise ProviderError(FailureKind.UNSUPPORTED, "the sandbox has no jobs to ask")
+
+    async def cancel(self, job: ImageJob, job_id: str) -> Cancelled | None:  # noqa: ARG002 - the contract's
         """Fail: nothing is ever pending here."""
         raise ProviderError(FailureKind.UNSUPPORTED, "the sandbox has no jobs to ask")
 

@@ -32,6 +32,7 @@ from gateway.ports import (
 )
 from providers.kit.contract import (
     Billed,
+    Cancelled,
     Capabilities,
     Done,
     ImageJob,
@@ -125,6 +126,8 @@ class ScriptedProvider:
         self.jobs: list[ImageJob] = []
         self.polled: list[str] = []
         self.streams = False
+        self.stops: Cancelled | None = None
+        self.stopped: list[str] = []
 
     def capabilities(self, model: str) -> Capabilities:
         return Capabilities(n_max=self._n_max, stream=self.streams)
@@ -136,6 +139,10 @@ class ScriptedProvider:
     async def poll(self, job: ImageJob, job_id: str) -> Done | Pending:
         self.polled.append(job_id)
         return await self._next(job)
+
+    async def cancel(self, job: ImageJob, job_id: str) -> Cancelled | None:
+        self.stopped.append(job_id)
+        return self.stops
 
     async def stream(self, job: ImageJob) -> AsyncGenerator[Partial | Done, None]:
         self.jobs.append(job)

@@ -204,7 +204,7 @@ class Dispatcher:
             order=order,
             offer=offer,
             seq=attempt.seq,
-            job=_job_at(offer, order.job, order.job.n),
+            job=_job_at(offer, order.job, order.job.n, attempt.seq),
             estimate_nanousd=attempt.estimate_nanousd,
             started_ms=attempt.started_ms,
             started_mono_ms=self.clock.monotonic_ms(),
@@ -374,7 +374,7 @@ class Dispatcher:
             order=order,
             offer=offer,
             seq=purchase.attempts,
-            job=_job_at(offer, order.job, n),
+            job=_job_at(offer, order.job, n, purchase.attempts),
             estimate_nanousd=order.cost_nanousd(offer, n) or 0,
             started_ms=self.clock.now_ms(),
             started_mono_ms=self.clock.monotonic_ms(),
@@ -553,15 +553,14 @@ async def _streamed(
     raise ProviderError(FailureKind.TIMEOUT, "the stream ended without a picture")
 
 
-def _job_at(offer: Offer, job: ImageJob, n: int) -> ImageJob:
+def _job_at(offer: Offer, job: ImageJob, n: int, seq: int) -> ImageJob:
     # An offer that cannot make the format makes another; the gateway converts it.
+    job = replace(job, model=offer.model, n=n, seq=seq)
     formats = offer.capabilities.output_formats
     if job.output_format in formats:
-        return replace(job, model=offer.model, n=n)
+        return job
     made = "png" if "png" in formats else min(formats)
-    return replace(
-        job, model=offer.model, n=n, output_format=made, output_compression=None
-    )
+    return replace(job, output_format=made, output_compression=None)
 
 
 def _outcome_of(result: Lot | Failure, call: _Call) -> Outcome:

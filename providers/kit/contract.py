@@ -204,7 +204,8 @@ class ImageJob:
 
     ``width_px`` and ``height_px`` are None where the model may choose. Fields that
     are None were not given and are not sent. ``expected`` is the gateway's own
-    estimate for one picture of this job.
+    estimate for one picture of this job. ``task_id`` and ``seq`` together name one
+    call, for upstreams that take an idempotency key.
     """
 
     task_id: str
@@ -227,6 +228,7 @@ class ImageJob:
     references: tuple[InputFile, ...] = ()
     mask: InputFile | None = None
     partial_images: int = 0
+    seq: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,12 +247,14 @@ class Done:
     """The upstream has finished. Never without a picture.
 
     ``usage`` is the total over all pictures, None when the upstream reports none.
-    ``cost_nanousd`` is what the upstream says that it charged, if it says so.
+    ``cost_nanousd`` is what the upstream says that it charged, if it says so;
+    ``units_millionths`` how many of its billable units it counted, if it counts units.
     """
 
     images: tuple[MadeImage, ...]
     usage: Usage | None
     cost_nanousd: int | None = None
+    units_millionths: int | None = None
     upstream_request_id: str | None = None
     quality: str | None = None
     background: str | None = None
@@ -280,11 +284,25 @@ class Pending:
 
 
 @dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The upstream has stopped a job, or has taken the wish to.
+
+    ``billed`` tells whether it charges for it all the same, ``usage`` and
+    ``cost_nanousd`` what it reports of that, if anything.
+    """
+
+    billed: Billed = Billed.NO
+    usage: Usage | None = None
+    cost_nanousd: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Capabilities:
     """What one model at one upstream can do; checked before any call.
 
     An empty ``qualities`` or ``sizes`` means: any that the variant allows. ``stream``
-    tells that ``Provider.stream`` shows partial pictures.
+    tells that ``Provider.stream`` shows partial pictures, ``cancel`` that a job that
+    was left pending can be stopped.
     """
 
     operations: frozenset[Operation] = frozenset({Operation.GENERATE})
@@ -296,6 +314,7 @@ class Capabilities:
     mask: bool = False
     references_max: int = 0
     stream: bool = False
+    cancel: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,7 +350,18 @@ class Provider(Protocol):
         ...
 
     async def poll(self, job: ImageJob, job_id: str) -> Done | Pending:
-        """Ask after a job that ``start`` left pending."""
+        """Ask after a job that ``start`` left pending.
+
+        A job that the upstream has stopped, for whatever reason, is a failure.
+        """
+        ...
+
+    async def cancel(self, job: ImageJob, job_id: str) -> Cancelled | None:
+        """Stop a job that ``start`` left pending.
+
+        Only for models whose capabilities say ``cancel``. None: it is too late, the
+        job has ended; ``poll`` tells how.
+        """
         ...
 
     async def close(self) -> None:

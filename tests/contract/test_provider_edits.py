@@ -28,17 +28,11 @@ from providers.kit.contract import (
 from providers.kit.spool import MEMORY_MAX_BYTES, SpoolFolder
 from providers.registry import PROVIDERS
 from tests.builders import a_job, an_account
-from tests.contract.upstreams import (
-    Case,
-    K,
-    an_input,
-    each_failure,
-    each_provider,
-    file_of,
-    openai_upstream,
-    tools,
-)
-from tests.simulators.openai_server import Fault, png
+from tests.contract.cases import edits, failures_of, masks, those
+from tests.contract.openai_upstream import openai_upstream
+from tests.contract.upstreams import Case, K, an_input, file_of, tools
+from tests.simulators.pictures import png
+from tests.simulators.server import Fault
 
 EDIT = Operation.EDIT
 LARGE = png(64, 32, padding=4_000_000)
@@ -68,31 +62,38 @@ def close(*inputs: InputFile) -> None:
         one.payload.close()
 
 
-@each_provider
+@those(edits)
 async def test_an_edit_makes_pictures_of_the_size_that_was_asked_for(
     case: Case, tmp_path: Path
 ) -> None:
     async with case.connect(tmp_path) as upstream:
         reference = an_input(upstream.spools, png(64, 32))
-        mask = an_input(upstream.spools, a_mask())
+        mask = an_input(upstream.spools, a_mask()) if masks(case) else None
+        width_px, height_px = case.size_px
+        n = min(2, case.capable.n_max)
         done = await upstream.make(
-            operation=EDIT, references=(reference,), mask=mask, n=2, width_px=80
+            operation=EDIT,
+            references=(reference,),
+            mask=mask,
+            n=n,
+            width_px=width_px,
+            height_px=height_px,
         )
-        assert upstream.purchases() == 2
-        assert [(i.width_px, i.height_px) for i in done.images] == [(80, 32)] * 2
+        assert upstream.purchases() == n
+        assert [(i.width_px, i.height_px) for i in done.images] == [case.size_px] * n
         for made in done.images:
             with Image.open(io.BytesIO(file_of(made))) as image:
-                assert image.size == (80, 32)
-        close(reference, mask)
+                assert image.size == case.size_px
+        close(reference, *([mask] if mask else []))
     assert not list(tmp_path.iterdir())
 
 
-@each_provider
-async def test_an_edit_takes_sixteen_references_of_every_type(
+@those(edits)
+async def test_an_edit_takes_as_many_references_as_it_says_of_every_type(
     case: Case, tmp_path: Path
 ) -> None:
     async with case.connect(tmp_path) as upstream:
-        kinds = ["png", "jpeg", "webp", "png"] * 4
+        kinds = (["png", "jpeg", "webp", "png"] * 4)[: case.capable.references_max]
         references = tuple(
             an_input(upstream.spools, a_picture(kind), media_type=f"image/{kind}")
             for kind in kinds
@@ -102,7 +103,7 @@ async def test_an_edit_takes_sixteen_references_of_every_type(
     done.images[0].payload.close()
 
 
-@each_provider
+@those(edits)
 async def test_the_references_can_be_used_again_by_the_next_upstream(
     case: Case, tmp_path: Path
 ) -> None:
@@ -118,7 +119,7 @@ async def test_the_references_can_be_used_again_by_the_next_upstream(
         assert upstream.files() == 0
 
 
-@each_provider
+@those(edits)
 async def test_a_reference_that_is_no_picture_is_the_clients_fault(
     case: Case, tmp_path: Path
 ) -> None:
@@ -131,7 +132,7 @@ async def test_a_reference_that_is_no_picture_is_the_clients_fault(
         close(reference)
 
 
-@each_failure
+@failures_of(edits)
 async def test_a_failing_edit_has_its_kind(
     case: Case, kind: FailureKind, tmp_path: Path
 ) -> None:

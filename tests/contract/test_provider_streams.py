@@ -27,19 +27,13 @@ from providers.kit.contract import (
 from providers.kit.spool import MEMORY_MAX_BYTES
 from providers.registry import PROVIDERS
 from tests.builders import a_job, an_account
-from tests.contract.upstreams import (
-    Case,
-    K,
-    Upstream,
-    an_input,
-    connect_sandbox,
-    each_failure,
-    each_provider,
-    file_of,
-    openai_upstream,
-    tools,
-)
-from tests.simulators.openai_server import NO_EVENTS, Fault, png
+from tests.contract.cases import failures_of, streams, those
+from tests.contract.openai_upstream import openai_upstream
+from tests.contract.sandbox_upstream import connect_sandbox
+from tests.contract.upstreams import Case, K, Upstream, an_input, file_of, tools
+from tests.simulators.openai_server import NO_EVENTS
+from tests.simulators.pictures import png
+from tests.simulators.server import Fault
 
 
 def close(looks: list[Partial], done: Done | None = None) -> None:
@@ -47,10 +41,9 @@ def close(looks: list[Partial], done: Done | None = None) -> None:
         made.payload.close()
 
 
-@each_provider
+@those(streams)
 async def test_looks_come_before_the_whole_picture(case: Case, tmp_path: Path) -> None:
     async with case.connect(tmp_path) as upstream:
-        assert upstream.provider.capabilities("gpt-image-2").stream
         looks, done = await upstream.watch(partial_images=3, width_px=592)
         assert upstream.purchases() == 1
 
@@ -66,7 +59,7 @@ async def test_looks_come_before_the_whole_picture(case: Case, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-@each_provider
+@those(streams)
 async def test_a_stream_may_show_nothing_but_the_whole_picture(
     case: Case, tmp_path: Path
 ) -> None:
@@ -77,7 +70,7 @@ async def test_a_stream_may_show_nothing_but_the_whole_picture(
     close(looks, done)
 
 
-@each_provider
+@those(streams)
 async def test_an_edit_streams_too(case: Case, tmp_path: Path) -> None:
     async with case.connect(tmp_path) as upstream:
         reference = an_input(upstream.spools, png(64, 32))
@@ -90,7 +83,7 @@ async def test_an_edit_streams_too(case: Case, tmp_path: Path) -> None:
     close(looks, done)
 
 
-@each_provider
+@those(streams)
 async def test_several_pictures_are_one_done(case: Case, tmp_path: Path) -> None:
     async with case.connect(tmp_path) as upstream:
         looks, done = await upstream.watch(n=3, partial_images=1)
@@ -100,7 +93,7 @@ async def test_several_pictures_are_one_done(case: Case, tmp_path: Path) -> None
     close(looks, done)
 
 
-@each_failure
+@failures_of(streams)
 async def test_a_failing_stream_has_its_kind_and_leaves_no_file(
     case: Case, kind: FailureKind, tmp_path: Path
 ) -> None:
@@ -114,7 +107,7 @@ async def test_a_failing_stream_has_its_kind_and_leaves_no_file(
         assert upstream.files() == 0
 
 
-@each_provider
+@those(streams)
 async def test_whoever_leaves_early_leaves_no_file(case: Case, tmp_path: Path) -> None:
     async with case.connect(tmp_path) as upstream:
         job = a_job(partial_images=3, width_px=1024, height_px=1024)
@@ -128,7 +121,7 @@ async def test_whoever_leaves_early_leaves_no_file(case: Case, tmp_path: Path) -
         assert upstream.purchases() == 1
 
 
-@each_provider
+@those(streams)
 async def test_cancelling_a_stream_passes_through(case: Case, tmp_path: Path) -> None:
     async with case.connect(tmp_path) as upstream:
         upstream.hang()
@@ -141,7 +134,7 @@ async def test_cancelling_a_stream_passes_through(case: Case, tmp_path: Path) ->
         assert upstream.files() == 0
 
 
-@each_provider
+@those(streams)
 async def test_a_stream_that_hangs_is_left_at_the_deadline(
     case: Case, tmp_path: Path
 ) -> None:
@@ -151,7 +144,7 @@ async def test_a_stream_that_hangs_is_left_at_the_deadline(
         assert (error.kind, error.billed) == (K.TIMEOUT, Billed.MAYBE)
 
 
-@each_provider
+@those(streams)
 async def test_a_slow_reader_is_not_interrupted_by_the_deadline(
     case: Case, tmp_path: Path
 ) -> None:

@@ -1,41 +1,34 @@
-"""Connects every adapter to something that behaves like its upstream.
-
-A new adapter adds itself to ``CASES``.
-"""
+"""Connects adapters to something that behaves like their upstream, to be tested."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import httpx
 import pytest
 
 from providers.kit.contract import (
     Billed,
+    Capabilities,
     Done,
     FailureKind,
+    ImageJob,
     InputFile,
     MadeImage,
     Partial,
+    Pending,
     Provider,
     ProviderError,
 )
 from providers.kit.spool import SpoolFolder
 from providers.kit.wire import Tools, Wire
-from providers.registry import PROVIDERS
-from providers.sandbox import Sandbox
-from tests.builders import a_job, an_account
-from tests.simulators.openai_server import (
-    KEY,
-    Fault,
-    OpenAISimulator,
-    serve_openai_simulator,
-)
+from tests.builders import a_job
 
 K = FailureKind
 
@@ -49,12 +42,25 @@ class Upstream:
     hang: Callable[[], None]
     purchases: Callable[[], int]
     spools: SpoolFolder
+    usual: Mapping[str, Any] = field(default_factory=dict)
+    """What a plain job asks for here, where ``a_job`` asks for what it cannot do."""
+
+    def job(self, **changes: Any) -> ImageJob:
+        return a_job(**{**self.usual, **changes})
 
     async def make(self, **changes: Any) -> Done:
-        """Run a job, and read the pictures as the gateway would."""
-        done = await self.provider.start(a_job(**changes))
-        assert isinstance(done, Done)
-        return done
+        """Run a job to its end, as the gateway would; ``deadline_s`` is for all."""
+        job = self.job(**changes)
+        step: Done | Pending | None = None
+        try:
+            async with asyncio.timeout(job.deadline_s):
+                step = await self.provider.start(job)
+                while isinstance(step, Pending):
+                    await asyncio.sleep(0.001)
+                    step = await self.provider.poll(job, step.job_id)
+        except TimeoutError:
+            raise ProviderError(FailureKind.TIMEOUT, "the deadline passed") from None
+        return step
 
     async def failure(self, **changes: Any) -> ProviderError:
         with pytest.raises(ProviderError) as caught:
@@ -65,7 +71,7 @@ class Upstream:
         """Stream a job, to its end."""
         looks: list[Partial] = []
         try:
-            async with aclosing(self.provider.stream(a_job(**changes))) as made:
+            async with aclosing(self.provider.stream(self.job(**changes))) as made:
                 *items, done = [item async for item in noted(made, looks)]
         except ProviderError as error:
             for look in looks:
@@ -89,11 +95,22 @@ class Upstream:
 
 @dataclass(frozen=True)
 class Case:
-    """How to connect an adapter, and which failures its upstream can show."""
+    """How to connect an adapter, what it can do, and how its upstream can fail.
+
+    ``capable`` is what its capabilities must be. ``size_px`` is a size that it can
+    make, ``auto_px`` what it makes when the size is left to it, ``counts_tokens``
+    whether it reports a usage, ``secret`` what must never be shown.
+    """
 
     name: str
     connect: Callable[[Path], AbstractAsyncContextManager[Upstream]]
     failures: Mapping[FailureKind, Billed]
+    capable: Capabilities
+    secret: str
+    model: str = "gpt-image-2"
+    size_px: tuple[int, int] = (592, 176)
+    auto_px: tuple[int, int] = (1024, 1024)
+    counts_tokens: bool = True
 
 
 async def noted(
@@ -138,73 +155,6 @@ async def tools(
         await wire.close()
 
 
-@asynccontextmanager
-async def openai_upstream(
-    folder: Path, **options: object
-) -> AsyncGenerator[tuple[Upstream, OpenAISimulator], None]:
-    async with serve_openai_simulator() as simulator, tools(folder) as given:
-        account = an_account(base_url=simulator.base_url, secret=KEY, options=options)
-
-        def fail(kind: FailureKind) -> None:
-            simulator.script(OPENAI_FAULTS[kind])
-
-        yield (
-            Upstream(
-                PROVIDERS["openai"](account, given),
-                fail,
-                lambda: simulator.script(Fault(hang=True)),
-                lambda: sum(purchase.n for purchase in simulator.purchases),
-                given.spools,
-            ),
-            simulator,
-        )
-
-
-@asynccontextmanager
-async def connect_openai(folder: Path) -> AsyncGenerator[Upstream, None]:
-    async with openai_upstream(folder) as (upstream, _):
-        yield upstream
-
-
-@asynccontextmanager
-async def connect_sandbox(folder: Path) -> AsyncGenerator[Upstream, None]:
-    async with tools(folder) as given:
-        account = an_account(options={"latency_ms": 0})
-        provider = PROVIDERS["sandbox"](account, given)
-        assert isinstance(provider, Sandbox)
-        settings = provider.settings
-
-        def fail(kind: FailureKind) -> None:
-            settings.change({"failure_rate": 1, "failure_kind": kind.value})
-
-        def purchases() -> int:
-            bought = cast("dict[str, int]", settings.snapshot()["purchases"])
-            return bought["images"]
-
-        def hang() -> None:
-            settings.change({"latency_ms": 600_000})
-
-        yield Upstream(provider, fail, hang, purchases, given.spools)
-
-
-def openai_error(status: int, code: str | None, message: str = "no") -> Fault:
-    error = {"message": message, "type": "x", "param": None, "code": code}
-    return Fault(status=status, body={"error": error})
-
-
-OPENAI_FAULTS = {
-    K.INVALID_REQUEST: openai_error(400, "invalid_value", f"wrong, {KEY}"),
-    K.CONTENT_POLICY: openai_error(400, "moderation_blocked", f"refused, {KEY}"),
-    K.UNSUPPORTED: openai_error(404, "model_not_found"),
-    K.AUTH: openai_error(401, "invalid_api_key", f"Incorrect API key: {KEY}"),
-    K.INSUFFICIENT_FUNDS: openai_error(429, "insufficient_quota"),
-    K.RATE_LIMITED: openai_error(429, "rate_limit_exceeded"),
-    K.OVERLOADED: openai_error(503, "server_is_overloaded"),
-    K.BAD_GATEWAY: Fault(status=502, body=f"<html>{KEY}</html>"),
-    K.TIMEOUT: Fault(close="before_reply"),
-    K.NO_OUTPUT: Fault(answer="empty"),
-    K.RESULT_LOST: Fault(answer="dead_url"),
-}
 USUALLY_BILLED = {
     K.INVALID_REQUEST: Billed.NO,
     K.CONTENT_POLICY: Billed.NO,
@@ -218,13 +168,3 @@ USUALLY_BILLED = {
     K.NO_OUTPUT: Billed.MAYBE,
     K.RESULT_LOST: Billed.YES,
 }
-CASES = [
-    Case("openai", connect_openai, USUALLY_BILLED),
-    Case("sandbox", connect_sandbox, USUALLY_BILLED | {K.NETWORK: Billed.NO}),
-]
-each_provider = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-each_failure = pytest.mark.parametrize(
-    ("case", "kind"),
-    [(case, kind) for case in CASES for kind in case.failures],
-    ids=lambda value: getattr(value, "name", "").lower(),
-)

@@ -27,7 +27,7 @@ from tests.e2e.pictures import (
     mask_that_clears_the_left_half,
     opened,
 )
-from tests.simulators.openai_server import big_picture
+from tests.simulators.pictures import big_picture
 
 EDITS = "/v1/images/edits"
 GENERATIONS = "/v1/images/generations"

@@ -10,29 +10,31 @@ with ``GET /_purchases``.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import base64
-import contextlib
-import dataclasses
-import hashlib
-import io
 import json
-import math
 import re
-import signal
-import socket
-import struct
 import zlib
-from collections import deque
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from fractions import Fraction
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
+from tests.simulators.pictures import big_picture, output_tokens, patches, picture, png
+from tests.simulators.server import (
+    Fault,
+    Part,
+    Reply,
+    Seen,
+    Simulator,
+    deliver,
+    deliver_events,
+    opened,
+    run_by_hand,
+    scripted,
+    send,
+    served,
+)
 
 KEY = "sk-simulated-key-0123456789"
 MODELS = {
@@ -65,48 +67,10 @@ FIELDS = {
 EDIT_FIELDS = FIELDS | {"input_fidelity"}
 NUMBERS = {"n", "output_compression", "partial_images"}
 IMAGES_MAX = 16
-PATCHES_MAX = 1536
 PARTIAL_TOKENS = 100
 NO_EVENTS = {"plain", "html", "error", "gzip"}
 OPERATIONS = {"/v1/images/generations": "generate", "/v1/images/edits": "edit"}
 PROMPT_MAX_CHARS = 32_000
-HEAD_MAX_BYTES = 64 * 1024
-BODY_MAX_BYTES = 64 * 1024 * 1024
-FORM_MAX_BYTES = 1024 * 1024 * 1024
-PART_HEAD_BYTES = 256 * 1024
-"""So much of a file is kept, to look at; the rest is only hashed and counted."""
-BIG_BYTES = 9 * 1024 * 1024
-"""Of a picture that is 12 MiB as base64."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What goes wrong with one call. Fields may be combined.
-
-    ``status`` with ``body`` (bytes, text, or anything for JSON) and ``headers`` answers
-    that instead of pictures: nothing is bought. ``answer`` names a broken success,
-    which is bought: ``html``, ``error``, ``empty``, ``null``, ``bad_base64``, ``text``,
-    ``no_usage``, ``negative_usage``, ``zero_usage``, ``big``, ``one_less``,
-    ``data_prefix``, ``gzip``, ``url`` (a link to this server), ``dead_url``.
-    ``hang`` never answers; ``close`` is ``mid_upload`` (while the request is being
-    read: nothing is bought), ``before_reply``, ``reset`` (no goodbye) or ``mid_body``.
-
-    Of a stream, ``answer`` may also be ``plain`` (an ordinary answer all the same),
-    ``error_event`` (after the partial pictures, with ``body`` as the error) or
-    ``no_completed``; ``pause_s`` comes before each event, ``line_end`` is how lines
-    end, ``done`` adds the ``[DONE]`` of some relays.
-    """
-
-    status: int | None = None
-    body: Any = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-    answer: str = "ok"
-    delay_s: float = 0.0
-    hang: bool = False
-    close: str = ""
-    pause_s: float = 0.0
-    line_end: str = "\n"
-    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,58 +91,16 @@ class Purchase:
     stream: bool = False
 
 
-@dataclass
-class Part:
-    """A field of a form. Of a file only the start is kept."""
-
-    name: str
-    filename: str | None
-    media_type: str | None
-    head: bytes = b""
-    size_bytes: int = 0
-    digest: Any = field(default_factory=hashlib.sha256)
-
-    def take(self, piece: bytes) -> None:
-        self.head += piece[: PART_HEAD_BYTES - len(self.head)]
-        self.size_bytes += len(piece)
-        self.digest.update(piece)
-
-    @property
-    def sha256(self) -> str:
-        return str(self.digest.hexdigest())
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A request as it arrived; header names in lower case."""
-
-    method: str
-    path: str
-    headers: Mapping[str, str]
-    body: bytes = b""
-    form: tuple[Part, ...] = ()
-
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-    @property
-    def images(self) -> list[Part]:
-        return [part for part in self.form if part.name in {"image", "image[]"}]
-
-    @property
-    def mask(self) -> Part | None:
-        return next((part for part in self.form if part.name == "mask"), None)
-
-    def fields(self) -> dict[str, Any]:
-        """Read the fields of either kind of body, typed as in JSON."""
-        if OPERATIONS[self.path] == "generate":
-            fields: dict[str, Any] = self.json()
-            return fields
-        return {
-            part.name: typed(part.name, part.head.decode())
-            for part in self.form
-            if part.filename is None
-        }
+def fields_of(seen: Seen) -> dict[str, Any]:
+    """Read the fields of either kind of body, typed as in JSON."""
+    if OPERATIONS[seen.path] == "generate":
+        fields: dict[str, Any] = seen.json()
+        return fields
+    return {
+        part.name: typed(part.name, part.head.decode())
+        for part in seen.form
+        if part.filename is None
+    }
 
 
 def typed(name: str, text: str) -> Any:
@@ -188,65 +110,21 @@ def typed(name: str, text: str) -> Any:
 
 
 @dataclass
-class OpenAISimulator:
+class OpenAISimulator(Simulator):
     """A running simulator, as tests see it."""
 
-    key: str
-    base_url: str = ""
-    latency_s: float = 0.0
-    purchases: list[Purchase] = field(default_factory=list)
-    requests: list[Seen] = field(default_factory=list)
-    faults: deque[Fault] = field(default_factory=deque)
-    connections: set[asyncio.Task[None]] = field(default_factory=set)
+    prefix = "/v1"
 
-    def script(self, *faults: Fault) -> None:
-        """Let the next calls for pictures go wrong, in this order."""
-        self.faults.extend(faults)
-
-    async def serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self.connections.add(task)
-        try:
-            while (seen := await self.read(reader)) is not None:
-                if not await self.answer(seen, writer):
-                    break
-        except UploadStoppedError:
-            abort(writer)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
-        except asyncio.CancelledError:
-            # The simulator is being stopped: a hanging call ends here.
-            pass
-        finally:
-            self.connections.discard(task)
-            writer.close()
-            with contextlib.suppress(ConnectionError, asyncio.CancelledError):
-                await writer.wait_closed()
-
-    async def read(self, reader: asyncio.StreamReader) -> Seen | None:
-        head = await read_head(reader)
-        if head is None:
-            return None
-        waiting = self.faults[0].close if self.faults else ""
-        if head.path in OPERATIONS and waiting == "mid_upload":
-            self.faults.popleft()
-            await reader.read(1)
-            raise UploadStoppedError
-        return await read_body(reader, head)
+    def sells_at(self, path: str) -> bool:
+        return path in OPERATIONS
 
     async def answer(self, seen: Seen, writer: asyncio.StreamWriter) -> bool:
-        """Answer one request; False when the connection is to be closed."""
-        if seen.path.startswith("/_"):
-            return await send(writer, self.steer(seen))
         if seen.method == "GET" and seen.path == "/pictures/1.png":
             return await send(writer, Reply(200, png(64, 32), "image/png"))
         self.requests.append(seen)
         if seen.path not in OPERATIONS or seen.method != "POST":
             return await send(writer, error(404, "Unknown URL.", code=None))
-        fault = self.faults.popleft() if self.faults else Fault()
+        fault = self.fault()
         refused = check(seen, self.key)
         if refused is not None:
             return await send(writer, refused)
@@ -258,7 +136,7 @@ class OpenAISimulator:
     async def sell(
         self, seen: Seen, fault: Fault, writer: asyncio.StreamWriter
     ) -> bool:
-        body = seen.fields()
+        body = fields_of(seen)
         asked = asked_for(body)
         usage = usage_of(body["model"], asked, body["prompt"], seen.images)
         self.purchases.append(
@@ -283,35 +161,14 @@ class OpenAISimulator:
             writer, events_of(kind, asked, answer, fault, self), fault
         )
 
-    def steer(self, seen: Seen) -> Reply:
-        if seen.path == "/_script" and seen.method == "POST":
-            self.script(*(Fault(**fields) for fields in seen.json()))
-            return Reply.of_json(200, {"waiting": len(self.faults)})
-        if seen.path == "/_purchases":
-            bought = [dataclasses.asdict(purchase) for purchase in self.purchases]
-            return Reply.of_json(200, bought)
-        return error(404, "Unknown URL.", code=None)
-
 
 @asynccontextmanager
 async def serve_openai_simulator(
     *, key: str = KEY, port: int = 0, latency_s: float = 0.0
 ) -> AsyncGenerator[OpenAISimulator, None]:
     """Run a simulator on 127.0.0.1, on a free port unless one is given."""
-    simulator = OpenAISimulator(key, latency_s=latency_s)
-    server = await asyncio.start_server(
-        simulator.serve, "127.0.0.1", port, limit=HEAD_MAX_BYTES
-    )
-    bound = server.sockets[0].getsockname()[1]
-    simulator.base_url = f"http://127.0.0.1:{bound}/v1"
-    try:
+    async with served(OpenAISimulator(key, latency_s=latency_s), port) as simulator:
         yield simulator
-    finally:
-        server.close()
-        for connection in list(simulator.connections):
-            connection.cancel()
-        await asyncio.gather(*simulator.connections, return_exceptions=True)
-        await server.wait_closed()
 
 
 # --- what was asked, and what is wrong with it ---
@@ -360,7 +217,7 @@ def check(seen: Seen, key: str) -> Reply | None:
             code="invalid_api_key",
         )
     try:
-        body = seen.fields()
+        body = fields_of(seen)
     except ValueError:
         return error(400, "We could not parse the JSON body of your request.")
     edit = OPERATIONS[seen.path] == "edit"
@@ -459,18 +316,6 @@ def fits(mask: Part, first: Part) -> bool:
     return told.format == "PNG" and alpha and told.size == image.size
 
 
-def opened(part: Part) -> Image.Image | None:
-    """Look at a file's head; its name and media type must say the same."""
-    try:
-        image = Image.open(io.BytesIO(part.head), formats=["PNG", "JPEG", "WEBP"])
-    except (OSError, SyntaxError):
-        return None
-    kind = (image.format or "").lower()
-    ends = {"jpeg": (".jpg", ".jpeg")}.get(kind, (f".{kind}",))
-    named = (part.filename or "").endswith(ends)
-    return image if named and part.media_type == f"image/{kind}" else None
-
-
 def check_prompt(body: dict[str, Any]) -> Reply | None:
     prompt = body.get("prompt")
     if not isinstance(prompt, str) or not prompt:
@@ -513,22 +358,6 @@ def moderated(stage: str) -> Reply:
 # --- answers ---
 
 
-@dataclass(frozen=True)
-class Reply:
-    """An HTTP answer."""
-
-    status: int
-    body: bytes
-    media_type: str = "application/json"
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of_json(
-        cls, status: int, body: Any, headers: Mapping[str, str] | None = None
-    ) -> Reply:
-        return cls(status, json.dumps(body).encode(), headers=headers or {})
-
-
 def error(
     status: int,
     message: str,
@@ -539,16 +368,6 @@ def error(
     kind = "invalid_request_error"
     told = {"message": message, "type": kind, "param": param, "code": code}
     return Reply.of_json(status, {"error": told})
-
-
-def scripted(fault: Fault) -> Reply:
-    assert fault.status is not None
-    if isinstance(fault.body, bytes):
-        return Reply(fault.status, fault.body, headers=fault.headers)
-    if isinstance(fault.body, str):
-        body = fault.body.encode()
-        return Reply(fault.status, body, "text/html", headers=fault.headers)
-    return Reply.of_json(fault.status, fault.body, fault.headers)
 
 
 def answer_of(asked: Asked, usage: Mapping[str, Any]) -> dict[str, Any]:
@@ -569,8 +388,10 @@ def usage_of(
     model: str, asked: Asked, prompt: str, images: list[Part]
 ) -> dict[str, Any]:
     text = (len(prompt.split()) + 6) * asked.n
-    seen = sum(map(patches, images)) * asked.n
-    image = output_tokens(MODELS[model][asked.quality], asked) * asked.n
+    seen = sum(map(seen_patches, images)) * asked.n
+    image = (
+        output_tokens(MODELS[model][asked.quality], asked.width, asked.height) * asked.n
+    )
     image += PARTIAL_TOKENS * (asked.partials or 0) * asked.n
     return {
         "input_tokens": text + seen,
@@ -581,18 +402,10 @@ def usage_of(
     }
 
 
-def patches(part: Part) -> int:
+def seen_patches(part: Part) -> int:
     image = opened(part)
     assert image is not None
-    return min(math.ceil(image.width / 32) * math.ceil(image.height / 32), PATCHES_MAX)
-
-
-def output_tokens(base: int, asked: Asked) -> int:
-    """Count by the published formula, in exact fractions."""
-    short, long = sorted((asked.width, asked.height))
-    across = math.floor(Fraction(base * short, long) + Fraction(1, 2))
-    pixels = asked.width * asked.height
-    return math.ceil(base * across * Fraction(2_000_000 + pixels, 4_000_000))
+    return patches(image.width, image.height)
 
 
 def spoil(answer: dict[str, Any], fault: Fault, simulator: OpenAISimulator) -> Reply:
@@ -612,7 +425,7 @@ def spoil(answer: dict[str, Any], fault: Fault, simulator: OpenAISimulator) -> R
         return whole[fault.answer]
     usage = answer["usage"]
     text = answer["data"][0]["b64_json"]
-    origin = simulator.base_url.removesuffix("/v1")
+    origin = simulator.origin
     changes: dict[str, dict[str, Any]] = {
         "ok": {},
         "plain": {},
@@ -679,221 +492,5 @@ def frame(event: dict[str, Any], line_end: str) -> bytes:
     return line_end.join(lines).encode()
 
 
-# --- pictures ---
-
-
-@lru_cache(maxsize=64)
-def picture(width: int, height: int, file_format: str, background: str) -> bytes:
-    if file_format == "png":
-        return png(width, height, clear=background == "transparent")
-    file = io.BytesIO()
-    mode = "RGBA" if background == "transparent" else "RGB"
-    Image.new(mode, (width, height)).save(file, file_format)
-    return file.getvalue()
-
-
-def png(width: int, height: int, *, clear: bool = False, padding: int = 0) -> bytes:
-    """Write a PNG by hand: one bit per pixel, or 8-bit RGBA."""
-    depth, colour, row = (8, 6, 4 * width) if clear else (1, 0, (width + 7) // 8)
-    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    rows = zlib.compress((b"\x00" + bytes(row)) * height, 1)
-    chunks = [(b"IHDR", head), (b"IDAT", rows), (b"IEND", b"")]
-    if padding:
-        chunks.insert(2, (b"paDd", bytes(padding)))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(content))
-        + name
-        + content
-        + struct.pack(">I", zlib.crc32(name + content))
-        for name, content in chunks
-    )
-
-
-@lru_cache(maxsize=1)
-def big_picture() -> str:
-    return base64.b64encode(png(64, 32, padding=BIG_BYTES)).decode()
-
-
-# --- HTTP/1.1, as little as is needed, with a hand on every byte ---
-
-
-class UploadStoppedError(Exception):
-    """A script says to stop reading a request."""
-
-
-async def read_head(reader: asyncio.StreamReader) -> Seen | None:
-    try:
-        head = await reader.readuntil(b"\r\n\r\n")
-    except asyncio.IncompleteReadError:
-        return None
-    start, *lines = head.decode("latin-1").strip().split("\r\n")
-    method, path, _ = start.split(" ")
-    pairs = (line.partition(":") for line in lines)
-    headers = {name.lower(): value.strip() for name, _, value in pairs}
-    return Seen(method, path, headers)
-
-
-async def read_body(reader: asyncio.StreamReader, head: Seen) -> Seen:
-    length = int(head.headers.get("content-length", "0"))
-    media_type, _, boundary = head.headers.get("content-type", "").partition(
-        "; boundary="
-    )
-    if media_type == "multipart/form-data":
-        assert length <= FORM_MAX_BYTES
-        form = await FormReader(reader, length, boundary.strip('"').encode()).read()
-        return dataclasses.replace(head, form=tuple(form))
-    assert length <= BODY_MAX_BYTES
-    return dataclasses.replace(head, body=await reader.readexactly(length))
-
-
-class FormReader:
-    """Reads a form piece by piece: it may be a gigabyte."""
-
-    def __init__(
-        self, reader: asyncio.StreamReader, length: int, boundary: bytes
-    ) -> None:
-        self.reader = reader
-        self.left = length
-        self.mark = b"\r\n--" + boundary
-        self.buffer = b"\r\n"
-
-    async def read(self) -> list[Part]:
-        parts: list[Part] = []
-        await self.until(self.mark, Part("", None, None))
-        while True:
-            head = Part("", None, None)
-            await self.until(b"\r\n", head)
-            if head.head:
-                assert head.head == b"--", "the form ends"
-                await self.rest()
-                return parts
-            head = Part("", None, None)
-            await self.until(b"\r\n\r\n", head)
-            part = part_of(head.head.decode())
-            await self.until(self.mark, part)
-            parts.append(part)
-
-    async def until(self, mark: bytes, part: Part) -> None:
-        while (at := self.buffer.find(mark)) < 0:
-            sure = max(len(self.buffer) - len(mark) + 1, 0)
-            part.take(self.buffer[:sure])
-            self.buffer = self.buffer[sure:] + await self.more()
-        part.take(self.buffer[:at])
-        self.buffer = self.buffer[at + len(mark) :]
-
-    async def more(self) -> bytes:
-        piece = await self.reader.read(min(self.left, 64 * 1024))
-        if not piece:
-            raise asyncio.IncompleteReadError(b"", None)
-        self.left -= len(piece)
-        return piece
-
-    async def rest(self) -> None:
-        while self.left:
-            await self.more()
-
-
-def part_of(head: str) -> Part:
-    fields = dict(re.findall(r'(\w+)="([^"]*)"', head))
-    media_type = re.search(r"(?i)content-type: *(\S+)", head)
-    return Part(
-        fields["name"], fields.get("filename"), media_type[1] if media_type else None
-    )
-
-
-async def is_silent(writer: asyncio.StreamWriter, fault: Fault) -> bool:
-    """Tell whether nothing is to be answered at all."""
-    if fault.hang:
-        await asyncio.Event().wait()
-    if fault.close == "reset":
-        abort(writer)
-    return fault.close in {"before_reply", "reset"}
-
-
-async def deliver(writer: asyncio.StreamWriter, reply: Reply, fault: Fault) -> bool:
-    if await is_silent(writer, fault):
-        return False
-    if fault.close == "mid_body":
-        writer.write(head_of(reply) + reply.body[: len(reply.body) // 2])
-        await writer.drain()
-        return False
-    return await send(writer, reply)
-
-
-async def deliver_events(
-    writer: asyncio.StreamWriter, frames: list[bytes], fault: Fault
-) -> bool:
-    """Send a stream as it would come: in chunks, with breaks where none should be."""
-    if await is_silent(writer, fault):
-        return False
-    lines = [
-        "HTTP/1.1 200 Simulated",
-        "Content-Type: text/event-stream; charset=utf-8",
-        "Transfer-Encoding: chunked",
-        "x-request-id: req_simulated",
-    ]
-    writer.write("\r\n".join([*lines, "", ""]).encode())
-    await write_chunk(writer, b": hello\n\n")
-    for one in frames:
-        await asyncio.sleep(fault.pause_s)
-        half = len(one) // 2
-        await write_chunk(writer, one[:half])
-        if fault.close == "mid_body" and one is frames[-1]:
-            return False
-        await write_chunk(writer, one[half:])
-    await write_chunk(writer, b"")
-    return True
-
-
-async def write_chunk(writer: asyncio.StreamWriter, data: bytes) -> None:
-    writer.write(b"%x\r\n%b\r\n" % (len(data), data))
-    await writer.drain()
-
-
-def abort(writer: asyncio.StreamWriter) -> None:
-    """Close without a goodbye."""
-    sock = writer.get_extra_info("socket")
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    writer.transport.abort()
-
-
-async def send(writer: asyncio.StreamWriter, reply: Reply) -> bool:
-    writer.write(head_of(reply) + reply.body)
-    await writer.drain()
-    return True
-
-
-def head_of(reply: Reply) -> bytes:
-    headers = {
-        "Content-Type": reply.media_type,
-        "Content-Length": str(len(reply.body)),
-        "x-request-id": "req_simulated",
-        **reply.headers,
-    }
-    lines = [f"HTTP/1.1 {reply.status} Simulated"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-
-
-async def run(port: int, key: str, latency_s: float) -> None:
-    async with serve_openai_simulator(
-        key=key, port=port, latency_s=latency_s
-    ) as simulator:
-        print(simulator.base_url, flush=True)  # noqa: T201 - what the caller waits for
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await stop.wait()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--key", default=KEY)
-    parser.add_argument("--latency-s", type=float, default=0.0)
-    given = parser.parse_args()
-    asyncio.run(run(given.port, given.key, given.latency_s))
-
-
 if __name__ == "__main__":
-    main()
+    run_by_hand(OpenAISimulator, KEY)

@@ -22,7 +22,7 @@ from providers.kit.answers import (
     UnreadableAnswerError,
 )
 from providers.kit.spool import MEMORY_MAX_BYTES, SpoolFolder
-from tests.simulators.openai_server import png
+from tests.simulators.pictures import png
 
 FILE = png(64, 32)
 TEXT = base64.b64encode(FILE).decode()

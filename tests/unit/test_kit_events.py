@@ -18,7 +18,7 @@ from providers.kit import events
 from providers.kit.answers import UnreadableAnswerError
 from providers.kit.events import EventReader
 from providers.kit.spool import SpoolFolder
-from tests.simulators.openai_server import png
+from tests.simulators.pictures import png
 
 TEXT = base64.b64encode(png(64, 32)).decode()
 

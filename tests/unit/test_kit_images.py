@@ -24,7 +24,7 @@ from providers.kit.images import (
     read_payload_header,
 )
 from providers.kit.spool import Spool, SpoolFolder
-from tests.simulators.openai_server import png
+from tests.simulators.pictures import png
 
 
 def made(
