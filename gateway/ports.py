@@ -63,7 +63,7 @@ class NewTask:
     task_class: str = ""
     order_json: str | None = None
     """All that is needed to carry an async task out, prompt included; forgotten when
-    the task is over. None for a sync one."""
+    the task is over. None for a sync one, until it has a job to be found again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,8 +426,13 @@ class TaskStore(Protocol):
         """Write that an attempt is about to be sent; durable on return."""
         ...
 
-    async def accept_attempt(self, task_id: str, seq: int, job_id: str) -> None:
-        """Write the upstream's job id; durable on return."""
+    async def accept_attempt(
+        self, task_id: str, seq: int, job_id: str, order_json: str | None = None
+    ) -> None:
+        """Write the upstream's job id; durable on return.
+
+        ``order_json`` is kept if none is: a sync task can be taken up again then.
+        """
         ...
 
     async def end_attempt(self, end: AttemptEnd) -> None:
@@ -469,7 +474,10 @@ class Queue(Protocol):
         ...
 
     async def reclaim(self) -> int:
-        """End every lease: nobody else is alive. Returns how many there were."""
+        """End every lease: nobody else is alive. Returns how many there were.
+
+        Sync tasks that have a job to be found again can be claimed from then on.
+        """
         ...
 
     async def release(self, task_id: str, fence: int) -> None:

@@ -14,11 +14,16 @@ from gateway.core.errors import (
 )
 from gateway.core.orders import request_from
 from gateway.core.requests import ImageRequest
-from gateway.core.tasks import TAKEOVERS_MAX, FencedError
+from gateway.core.tasks import (
+    TAKEOVERS_MAX,
+    TAKEOVERS_WITH_JOB_MAX,
+    DeliveryMode,
+    FencedError,
+)
 from gateway.flows.generate import Accepted, Generate
-from gateway.flows.inputs import KeptInputs
+from gateway.flows.inputs import NO_INPUTS, KeptInputs
 from gateway.flows.tasks import TaskView
-from gateway.ports import Claimed, Clock, NewTask, Queue
+from gateway.ports import Claimed, Clock, NewTask, Queue, TaskRecord
 from providers.kit.contract import Partial
 
 IN_FLIGHT_MAX_TASKS = 2_000
@@ -26,6 +31,8 @@ DRAIN_MAX_S = 180.0
 LEASE_MS = 30_000
 RENEW_EVERY_S = 3.0
 POLL_EVERY_S = 1.0
+TAKE_UP_MIN_MS = 60_000
+"""Time to fetch pictures that are made, even if the task's own time is over."""
 
 Crashed = Callable[[BaseException, str], None]
 
@@ -191,7 +198,7 @@ class Worker:
 
     async def _carried_out(self, claimed: Claimed) -> None:
         request = request_from(claimed.order_json, self.catalogue)
-        if request is None or claimed.takeovers > TAKEOVERS_MAX:
+        if request is None or claimed.takeovers > _takeovers_max(claimed.record):
             await self.generate.abandon(claimed)
             return
         try:
@@ -199,20 +206,37 @@ class Worker:
         except InvalidRequestError:
             await self.generate.abandon(claimed)
             return
+        left = await self._worked_on(claimed, accepted)
+        if left is not None:
+            await self._worked_on(claimed, left)
+        await self.kept_inputs.forget(claimed.record.id)
+
+    async def _worked_on(self, claimed: Claimed, accepted: Accepted) -> Accepted | None:
+        # Returns what is left to do of a task that it was too late to cancel.
         work = asyncio.ensure_future(self.generate.carry_out(accepted, links=True))
         try:
-            view = await self._kept_alive(claimed, accepted, work)
+            await self._kept_alive(claimed, work, heeds=accepted.buys)
         finally:
             if not work.done():
                 work.cancel()
-        for picture in view.pictures if view is not None else ():
+                await asyncio.wait({work})
+        if work.cancelled():
+            return await self.generate.cancel(accepted)
+        for picture in work.result().pictures:
             if picture.made is not None:
                 picture.made.payload.close()
-        await self.kept_inputs.forget(claimed.record.id)
+        return None
 
     async def _accepted(self, claimed: Claimed, request: ImageRequest) -> Accepted:
         record = claimed.record
         left_ms = record.deadline_ms - self.clock.now_ms()
+        if _has_job(record):
+            left_ms = max(left_ms, TAKE_UP_MIN_MS)
+        # A sync task has kept nothing but what it takes to find its job again.
+        is_async = record.mode is DeliveryMode.ASYNC
+        inputs = NO_INPUTS
+        if is_async:
+            inputs = await self.kept_inputs.load(record.id, request)
         return Accepted(
             task=NewTask(
                 id=record.id,
@@ -228,18 +252,20 @@ class Worker:
             ),
             request=request,
             deadline_mono_ms=self.clock.monotonic_ms() + left_ms,
-            inputs=await self.kept_inputs.load(record.id, request),
+            inputs=inputs,
             fence=claimed.fence,
             history=record.attempts,
+            buys=is_async,
         )
 
     async def _kept_alive(
-        self, claimed: Claimed, accepted: Accepted, work: asyncio.Future[TaskView]
-    ) -> TaskView | None:
+        self, claimed: Claimed, work: asyncio.Future[TaskView], *, heeds: bool
+    ) -> None:
+        # Until the work is done or, if that is to be heeded, its owner cancels it.
         while True:
             await asyncio.wait({work}, timeout=RENEW_EVERY_S)
             if work.done():
-                return work.result()
+                return
             lease = await self.queue.renew(
                 claimed.record.id,
                 claimed.fence,
@@ -248,11 +274,19 @@ class Worker:
             )
             if not lease.held:
                 raise FencedError(claimed.record.id)
-            if lease.cancelled and not work.done():
-                work.cancel()
-                await asyncio.wait({work})
-                await self.generate.cancel(accepted)
-                return None
+            if heeds and lease.cancelled:
+                return
+
+
+def _has_job(record: TaskRecord) -> bool:
+    return any(
+        attempt.job_id is not None and attempt.finished_ms is None
+        for attempt in record.attempts
+    )
+
+
+def _takeovers_max(record: TaskRecord) -> int:
+    return TAKEOVERS_WITH_JOB_MAX if _has_job(record) else TAKEOVERS_MAX
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,11 +126,15 @@ class ScriptedProvider:
         self.jobs: list[ImageJob] = []
         self.polled: list[str] = []
         self.streams = False
+        self.can_stop = False
         self.stops: Cancelled | None = None
+        self.stop_fails: ProviderError | None = None
         self.stopped: list[str] = []
 
     def capabilities(self, model: str) -> Capabilities:
-        return Capabilities(n_max=self._n_max, stream=self.streams)
+        return Capabilities(
+            n_max=self._n_max, stream=self.streams, cancel=self.can_stop
+        )
 
     async def start(self, job: ImageJob) -> Done | Pending:
         self.jobs.append(job)
@@ -142,6 +146,8 @@ class ScriptedProvider:
 
     async def cancel(self, job: ImageJob, job_id: str) -> Cancelled | None:
         self.stopped.append(job_id)
+        if self.stop_fails is not None:
+            raise self.stop_fails
         return self.stops
 
     async def stream(self, job: ImageJob) -> AsyncGenerator[Partial | Done, None]:
@@ -246,8 +252,16 @@ class MemoryStore:
             route_json=route_json or task.route_json,
         )
 
-    async def accept_attempt(self, task_id: str, seq: int, job_id: str) -> None:
+    async def accept_attempt(
+        self, task_id: str, seq: int, job_id: str, order_json: str | None = None
+    ) -> None:
         self.trail.append(f"accepted {job_id}")
+        task = self.tasks.get(task_id)
+        if task is not None:
+            attempts = tuple(
+                replace(a, job_id=job_id) if a.seq == seq else a for a in task.attempts
+            )
+            self.tasks[task_id] = replace(task, attempts=attempts)
 
     async def end_attempt(self, end: AttemptEnd) -> None:
         if self.refuse_to_end:

@@ -15,6 +15,8 @@ QUEUE_MAX_TASKS = 10_000
 QUEUE_MAX_TASKS_PER_TENANT = 1_000
 QUEUE_RETRY_AFTER_S = 30
 TAKEOVERS_MAX = 5
+TAKEOVERS_WITH_JOB_MAX = 20
+"""Of a task whose pictures are being made, or paid already."""
 """So many times a task may be taken over from a worker that stopped renewing."""
 CANCELLED_JSON = (
     '{"code": "request_cancelled", "message": "The task was cancelled. You were not '

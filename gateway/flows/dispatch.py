@@ -28,6 +28,7 @@ from gateway.ports import (
 )
 from providers.kit.contract import (
     Billed,
+    Cancelled,
     Done,
     FailureKind,
     ImageJob,
@@ -36,6 +37,7 @@ from providers.kit.contract import (
     Pending,
     Provider,
     ProviderError,
+    Usage,
 )
 
 ATTEMPT_MAX_MS = 240_000
@@ -44,6 +46,9 @@ ANSWER_RESERVE_MS = 5_000
 POLL_MIN_S = 0.2
 PATIENT_LOOK_S = 3.0
 POLL_FAILURES_MAX = 30
+STOP_MAX_S = 10.0
+STOPPED = "cancelled"
+"""How an attempt ended that was stopped because its task was cancelled."""
 REREADABLE = frozenset(
     {
         FailureKind.NETWORK,
@@ -79,6 +84,10 @@ class Order:
     """Attempts that another worker made before it was lost."""
     patient: bool = False
     """Whether to wait, up to the deadline, while every offer is shut or resting."""
+    buys: bool = True
+    """Whether to buy what is missing, or only to take up what ``history`` holds."""
+    order_json: Callable[[], str] | None = None
+    """Writes the request down, to be kept with a job id if nothing else keeps it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +114,15 @@ class Failure:
     offer: Offer
     error: ProviderError
     accepted: bool = False
-    """A job id was known: the job may still be alive, so it is not bought again."""
+    """A job that may still be alive is known by its id: it is not bought again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The end of a job that was stopped, and what the upstream says it used."""
+
+    end: AttemptEnd
+    usage: Usage | None
 
 
 @dataclass(slots=True)
@@ -159,7 +176,8 @@ class Dispatcher:
         self.budget = limits.earned(self.budget, self.clock.monotonic_ms())
         tried: set[str] = set()
         try:
-            if not await self._resumed(order, purchase, tried):
+            more = await self._resumed(order, purchase, tried)
+            if not (more and order.buys):
                 return purchase
             while purchase.missing and len(tried) < routing.ATTEMPTS_MAX:
                 chosen = await self._choose(order, purchase, frozenset(tried))
@@ -176,6 +194,40 @@ class Dispatcher:
             if not purchase.lots:
                 raise
         return purchase
+
+    async def stop(self, order: Order) -> tuple[Stopped, ...] | None:
+        """Ask the upstreams to stop the jobs that ``history`` holds.
+
+        None: one of them has ended before it could be stopped. Jobs that cannot be
+        stopped are not among those returned.
+        """
+        offers = {offer.id: offer for offer in order.offers}
+        stopped = []
+        for attempt in order.history:
+            offer = offers.get(attempt.offer_id)
+            if offer is None or attempt.finished_ms or not attempt.job_id:
+                continue
+            if not offer.capabilities.cancel:
+                continue
+            call = self._call_of(order, offer, attempt)
+            told = await self._told_to_stop(call, attempt.job_id)
+            if told is None:
+                return None
+            end = call.stopped(told, self.clock.now_ms())
+            await self.store.end_attempt(end)
+            self._tell(call, end)
+            stopped.append(Stopped(end, told.usage))
+        return tuple(stopped)
+
+    async def _told_to_stop(self, call: _Call, job_id: str) -> Cancelled | None:
+        # An upstream that does not answer may go on, and charge.
+        provider = self.providers[call.offer.upstream]
+        try:
+            async with asyncio.timeout(STOP_MAX_S):
+                job = replace(call.job, deadline_s=STOP_MAX_S)
+                return await provider.cancel(job, job_id)
+        except (ProviderError, TimeoutError):
+            return Cancelled(Billed.MAYBE)
 
     async def _resumed(self, order: Order, purchase: Purchase, tried: set[str]) -> bool:
         # Takes up what a lost worker left; tells whether there is more to buy.
@@ -200,7 +252,21 @@ class Dispatcher:
     async def _taken_up(
         self, order: Order, offer: Offer, attempt: AttemptRecord
     ) -> Lot | Failure:
-        call = _Call(
+        call = self._call_of(order, offer, attempt)
+        try:
+            done = await self._polled(call, attempt.job_id)
+        except ProviderError as error:
+            end = call.failed(error, self.clock.now_ms())
+            await self.store.end_attempt(end)
+            self._tell(call, end)
+            alive = attempt.job_id is not None and not error.ended
+            return Failure(offer, error, alive)
+        end = call.won(done, self.clock.now_ms())
+        self._tell(call, end)
+        return Lot(offer, done, end, asked=order.job.n)
+
+    def _call_of(self, order: Order, offer: Offer, attempt: AttemptRecord) -> _Call:
+        return _Call(
             order=order,
             offer=offer,
             seq=attempt.seq,
@@ -209,34 +275,21 @@ class Dispatcher:
             started_ms=attempt.started_ms,
             started_mono_ms=self.clock.monotonic_ms(),
         )
-        progress = _Progress(accepted=attempt.job_id is not None)
-        try:
-            done = await self._polled(call, attempt.job_id)
-        except ProviderError as error:
-            end = call.failed(error, self.clock.now_ms())
-            await self.store.end_attempt(end)
-            self._tell(call, end)
-            return Failure(offer, error, progress.accepted)
-        end = call.won(done, self.clock.now_ms())
-        self._tell(call, end)
-        return Lot(offer, done, end, asked=order.job.n)
 
     async def _polled(self, call: _Call, job_id: str | None) -> Done:
         if job_id is None:
             raise ProviderError(
                 FailureKind.TIMEOUT, "the worker was lost while the call was out"
             )
-        left_ms = call.order.deadline_ms - ANSWER_RESERVE_MS
-        limit_s = max(0, left_ms - self.clock.monotonic_ms()) / 1000
         provider = self.providers[call.offer.upstream]
+        end_s = self._end_of_time_s(call.order)
+        left_s = end_s - asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(limit_s):
-                job = replace(call.job, deadline_s=limit_s)
+            async with asyncio.timeout_at(end_s):
+                job = replace(call.job, deadline_s=left_s)
                 return await self._finished(provider, job, Pending(job_id, 0.0))
         except TimeoutError:
-            raise ProviderError(
-                FailureKind.TIMEOUT, f"the job did not end in {limit_s:.0f} s"
-            ) from None
+            raise await self._given_up(call, job_id) from None
 
     async def _choose(
         self, order: Order, purchase: Purchase, tried: frozenset[str]
@@ -407,7 +460,8 @@ class Dispatcher:
             end = call.failed(error, self.clock.now_ms())
             await self.store.end_attempt(end)
             self._tell(call, end)
-            return Failure(call.offer, error, progress.accepted)
+            alive = progress.job_id is not None and not error.ended
+            return Failure(call.offer, error, alive)
         end = call.won(done, self.clock.now_ms())
         self._tell(call, end)
         return Lot(call.offer, done, end, call.job.n, progress.partials)
@@ -421,19 +475,23 @@ class Dispatcher:
         provider = self.providers[call.offer.upstream]
         job = replace(call.job, deadline_s=limit_s)
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(limit_s) as limit:
                 on_partial = call.order.on_partial
                 if on_partial is not None and call.offer.capabilities.stream:
                     return await _streamed(provider, job, on_partial, progress)
                 step = await provider.start(job)
                 if isinstance(step, Pending):
-                    await self.store.accept_attempt(job.task_id, call.seq, step.job_id)
-                    progress.accepted = True
+                    write = call.order.order_json
+                    await self.store.accept_attempt(
+                        job.task_id, call.seq, step.job_id, write() if write else None
+                    )
+                    progress.job_id = step.job_id
+                    # Nothing else is tried while the job may be alive: it has all the
+                    # time that there is.
+                    limit.reschedule(self._end_of_time_s(call.order))
                     step = await self._finished(provider, job, step)
         except TimeoutError:
-            raise ProviderError(
-                FailureKind.TIMEOUT, f"no answer in {limit_s:.0f} s"
-            ) from None
+            raise await self._given_up(call, progress.job_id) from None
         except (ProviderError, GatewayError):
             raise
         except Exception as error:
@@ -447,6 +505,22 @@ class Dispatcher:
             ) from error
         return step
 
+    def _end_of_time_s(self, order: Order) -> float:
+        left_ms = order.deadline_ms - ANSWER_RESERVE_MS - self.clock.monotonic_ms()
+        return asyncio.get_running_loop().time() + max(0, left_ms) / 1000
+
+    async def _given_up(self, call: _Call, job_id: str | None) -> ProviderError:
+        # Nobody wants the job any more: an upstream that can is told to stop it.
+        took_s = (self.clock.monotonic_ms() - call.started_mono_ms) / 1000
+        told: Cancelled | None = None
+        if job_id is not None and call.offer.capabilities.cancel:
+            told = await self._told_to_stop(call, job_id)
+        return ProviderError(
+            FailureKind.TIMEOUT,
+            f"no answer in {took_s:.0f} s",
+            billed=told.billed if told is not None else None,
+        )
+
     async def _finished(self, provider: Provider, job: ImageJob, step: Pending) -> Done:
         failures = 0
         while True:
@@ -455,7 +529,8 @@ class Dispatcher:
                 polled = await provider.poll(job, step.job_id)
             except ProviderError as error:
                 failures += 1
-                if error.kind not in REREADABLE or failures >= POLL_FAILURES_MAX:
+                over = error.ended or error.kind not in REREADABLE
+                if over or failures >= POLL_FAILURES_MAX:
                     raise
                 continue
             if isinstance(polled, Done):
@@ -483,7 +558,7 @@ class Dispatcher:
 
 @dataclass(slots=True)
 class _Progress:
-    accepted: bool = False
+    job_id: str | None = None
     partials: int = 0
 
 
@@ -517,6 +592,23 @@ class _Call:
             billed=Billed.YES,
             cost_nanousd=cost_nanousd,
             cost_source=source,
+        )
+
+    def stopped(self, told: Cancelled, now_ms: int) -> AttemptEnd:
+        """Book what a stopped job costs: what is told, else what it may be at most."""
+        wasted = 0 if told.billed is Billed.NO else self.estimate_nanousd
+        if told.cost_nanousd is not None:
+            wasted = told.cost_nanousd
+        return AttemptEnd(
+            task_id=self.job.task_id,
+            seq=self.seq,
+            state=AttemptState.FAILED,
+            finished_ms=now_ms,
+            won=False,
+            billed=told.billed,
+            cost_nanousd=wasted,
+            cost_source="estimate" if told.cost_nanousd is None else "usd",
+            kind=STOPPED,
         )
 
     def failed(self, error: ProviderError, now_ms: int) -> AttemptEnd:

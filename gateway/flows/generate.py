@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 
 from gateway.core import pricing, tasks
 from gateway.core.catalogue import Catalogue, Offer, Operation
@@ -82,7 +83,8 @@ RETRY_AFTER_DEFAULT_S = 5
 class Accepted:
     """A task whose hold is committed: from here a crash loses nothing.
 
-    ``fence`` is that of a worker's claim, ``history`` what another worker left.
+    ``fence`` is that of a worker's claim, ``history`` what another worker left;
+    without ``buys`` nothing is bought beside that.
     """
 
     task: NewTask
@@ -91,6 +93,7 @@ class Accepted:
     inputs: Inputs = NO_INPUTS
     fence: int = 0
     history: tuple[AttemptRecord, ...] = ()
+    buys: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,20 +311,39 @@ class Generate:
         settled = await self._finish(end)
         self._tell(accepted, end, settled, purchase, error)
 
-    async def cancel(self, accepted: Accepted) -> None:
-        """Close a task that its owner cancelled while it was under way, for free.
+    async def cancel(self, accepted: Accepted) -> Accepted | None:
+        """Close a task that its owner cancelled, after the work on it was stopped.
 
-        A call that was out may have been billed: it is booked as waste.
+        Its jobs are stopped where their upstreams can do that. The tenant is charged
+        what these say was used. Any other call that was out may have been billed: it
+        is booked as waste.
+
+        Where it is too late, because a job has ended, what is left to be carried out
+        is returned: the pictures that are there are delivered and charged.
         """
+        record = await self.store.get(accepted.task.id)
+        history = record.attempts if record is not None else ()
+        left = replace(accepted, history=history, buys=False)
+        stopped = await self.dispatcher.stop(self._order(left))
+        if stopped is None:
+            return left
+        told = [each.usage for each in stopped if each.usage is not None]
+        usage = reduce(Usage.plus, told) if told else None
+        variant = accepted.request.variant
+        due = pricing.charge_nanocredits(usage, variant) if usage is not None else 0
         end = TaskEnd(
             task_id=accepted.task.id,
             state=TaskState.CANCELLED,
             finished_ms=self.clock.now_ms(),
+            due_nanocredits=due,
+            usage=usage,
+            usage_source="none" if usage is None else "reported",
             error_json=CANCELLED_JSON,
             fence=accepted.fence,
         )
         settled = await self._finish(end)
         self._tell(accepted, end, settled, None, None)
+        return None
 
     async def abandon(self, claimed: Claimed) -> None:
         """Close a task that nobody can carry out, for free."""
@@ -437,7 +459,7 @@ class Generate:
 
     def _order(self, accepted: Accepted) -> Order:
         request, variant = accepted.request, accepted.request.variant
-        sizes = accepted.inputs.sizes if request.references else None
+        sizes = accepted.inputs.sizes or None
         each = expected_usage(request, sizes)
 
         def cost_nanousd(offer: Offer, n: int) -> int | None:
@@ -456,6 +478,8 @@ class Generate:
             fence=accepted.fence,
             history=accepted.history,
             patient=accepted.task.mode is DeliveryMode.ASYNC,
+            buys=accepted.buys,
+            order_json=partial(_order_json, request),
         )
 
     def _tell(
@@ -614,7 +638,7 @@ def _let_extras_go(n: int, purchase: Purchase) -> None:
 def _usage_of(accepted: Accepted, purchase: Purchase) -> tuple[Usage, str]:
     total, source = Usage(), "reported"
     request = accepted.request
-    references = accepted.inputs.sizes if request.references else None
+    references = accepted.inputs.sizes or None
     for lot in purchase.lots:
         usage = lot.done.usage
         if usage is None:

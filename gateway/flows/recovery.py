@@ -18,9 +18,9 @@ BATCH_TASKS = 200
 class Recovery:
     """Finds unfinished tasks that nobody works on, and fails them.
 
-    All tasks are synchronous: their clients lost the connection together with the
-    process, and no upstream in use gives a job id to go back to. What may have been
-    bought is booked as waste by the store, the tenant pays nothing.
+    These are sync tasks without a job to go back to: their clients lost the connection
+    together with the process. What may have been bought is booked as waste by the
+    store, the tenant pays nothing. All others are taken up by a worker.
     """
 
     store: TaskStore

@@ -96,6 +96,8 @@ class ProviderError(Exception):
         billed: whether the upstream may charge; by default what is usual for the
             kind.
         client_message: what may be shown to the client of a refused request.
+        ended: the job itself is over, so asking again is no use; without it, a
+            failure of ``poll`` may be one of the asking alone.
     """
 
     def __init__(  # noqa: PLR0913 - each is said of a failure where it is known
@@ -108,6 +110,7 @@ class ProviderError(Exception):
         retry_after_s: float | None = None,
         billed: Billed | None = None,
         client_message: str | None = None,
+        ended: bool = False,
     ) -> None:
         super().__init__(detail)
         self.kind = kind
@@ -117,6 +120,7 @@ class ProviderError(Exception):
         self.retry_after_s = retry_after_s
         self.billed = billed or BILLED_BY_KIND[kind]
         self.client_message = client_message
+        self.ended = ended
 
 
 @dataclass(frozen=True, slots=True)

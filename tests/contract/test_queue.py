@@ -74,6 +74,43 @@ async def test_sync_tasks_are_not_in_the_queue(stores: Stores) -> None:
     assert await claim(stores) is None
 
 
+async def test_a_sync_task_with_a_job_is_taken_up_after_the_end_of_its_process(
+    stores: Stores,
+) -> None:
+    await stores.tasks.open(a_task())
+    await stores.tasks.open(a_task("task-2"))
+    await stores.tasks.begin_attempt(an_attempt())
+    await stores.tasks.begin_attempt(an_attempt("task-2"))
+    await stores.tasks.accept_attempt("task-1", 1, "job-9", '{"prompt": "a fox"}')
+    assert await claim(stores, NOW_MS + 10 * LEASE_MS) is None
+
+    assert await stores.queue.reclaim() == 1
+
+    claimed = await claim(stores)
+    assert claimed is not None
+    assert claimed.order_json == '{"prompt": "a fox"}'
+    assert claimed.record.mode is DeliveryMode.SYNC
+    assert claimed.record.attempts[0].job_id == "job-9"
+    assert await claim(stores) is None
+    assert [task.id for task in await stores.tasks.unfinished(10)] == ["task-2"]
+    await stores.tasks.finish(an_end(fence=claimed.fence))
+    assert await stores.rows("SELECT order_json FROM tasks") == [(None,), (None,)]
+    assert await stores.broken() == set()
+
+
+async def test_the_order_of_an_async_task_stays_as_it_was(stores: Stores) -> None:
+    await stores.tasks.open(queued())
+    claimed = await claim(stores)
+    assert claimed is not None
+    await stores.tasks.begin_attempt(an_attempt(fence=claimed.fence))
+
+    await stores.tasks.accept_attempt("task-1", 1, "job-9", '{"prompt": "a cat"}')
+
+    assert await stores.rows("SELECT order_json FROM tasks") == [
+        ('{"prompt": "a fox"}',)
+    ]
+
+
 async def test_the_order_is_forgotten_when_the_task_is_over(stores: Stores) -> None:
     await stores.tasks.open(queued())
     claimed = await claim(stores)

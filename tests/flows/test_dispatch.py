@@ -13,6 +13,7 @@ from gateway.core.routing import NEXT_BY_KIND, Next
 from gateway.flows.dispatch import ANSWER_RESERVE_MS, ATTEMPT_MAX_MS
 from providers.kit.contract import (
     Billed,
+    Cancelled,
     Done,
     FailureKind,
     ImageJob,
@@ -258,7 +259,7 @@ async def test_a_read_that_fails_is_read_again_and_the_job_not_resubmitted() -> 
     assert len(shop.upstreams["cheap"].jobs) == 1
 
 
-async def test_a_job_with_an_id_is_never_bought_elsewhere() -> None:
+async def test_a_job_that_may_be_alive_is_never_bought_elsewhere() -> None:
     stuck = ScriptedProvider(Pending("job-7", poll_after_s=50))
     shop = Shop({"cheap": stuck, "dear": working()})
 
@@ -267,6 +268,32 @@ async def test_a_job_with_an_id_is_never_bought_elsewhere() -> None:
     assert purchase.lots == []
     assert purchase.failures[0].accepted
     assert shop.upstreams["dear"].jobs == []
+
+
+async def test_a_job_that_failed_is_bought_elsewhere_and_not_asked_for_again() -> None:
+    over = ProviderError(FailureKind.BAD_GATEWAY, "it failed", ended=True)
+    failed = ScriptedProvider(Pending("job-7"), over)
+    shop = Shop({"cheap": failed, "dear": working()})
+
+    purchase = await shop.buy()
+
+    assert [lot.offer.upstream for lot in purchase.lots] == ["dear"]
+    assert failed.polled == ["job-7"]
+    assert shop.store.waste_nanousd == 0
+
+
+async def test_a_job_has_all_the_time_there_is_and_is_stopped_then() -> None:
+    stuck = ScriptedProvider(Pending("job-7", poll_after_s=50))
+    stuck.can_stop = True
+    stuck.stops = Cancelled(Billed.NO)
+    shop = Shop({"cheap": stuck, "dear": working()})
+
+    purchase = await shop.buy()
+
+    assert shop.clock.monotonic_ms() == DEADLINE_MS - ANSWER_RESERVE_MS
+    assert stuck.stopped == ["job-7"]
+    assert purchase.failures[0].error.kind is FailureKind.TIMEOUT
+    assert purchase.failures[0].error.billed is Billed.NO
 
 
 async def test_only_the_missing_pictures_are_bought_elsewhere() -> None:

@@ -243,6 +243,13 @@ MIGRATIONS = (
             "ALTER TABLE keys ADD COLUMN webhook_rotated_ms BIGINT",
         ),
     ),
+    Migration(
+        statements=(
+            "DROP INDEX tasks_leased",
+            """CREATE INDEX tasks_leased ON tasks (lease_until_ms)
+            WHERE state = 'processing' AND lease_until_ms IS NOT NULL""",
+        ),
+    ),
 )
 """Step n of the schema stands at n - 1."""
 

@@ -44,7 +44,7 @@ class SqlQueue:
         return await self.database.write(
             lambda tx: tx.run(
                 """UPDATE tasks SET lease_until_ms = 0
-                WHERE state = 'processing' AND mode = 'async'"""
+                WHERE state = 'processing' AND order_json IS NOT NULL"""
             )
         )
 
@@ -117,7 +117,7 @@ async def _claim(tx: Transaction, now_ms: int, lease_ms: int) -> Claimed | None:
 async def _left_behind(tx: Transaction, now_ms: int) -> str | None:
     row = await tx.one(
         """SELECT id FROM tasks
-        WHERE state = 'processing' AND mode = 'async' AND lease_until_ms < $1
+        WHERE state = 'processing' AND lease_until_ms < $1
         ORDER BY lease_until_ms LIMIT 1""",
         now_ms,
     )

@@ -79,13 +79,17 @@ class SqlTaskStore:
         """
         await self.database.write(lambda tx: _begin_attempt(tx, attempt, route_json))
 
-    async def accept_attempt(self, task_id: str, seq: int, job_id: str) -> None:
+    async def accept_attempt(
+        self, task_id: str, seq: int, job_id: str, order_json: str | None = None
+    ) -> None:
         """See ``TaskStore``; kept even if the attempt has been given up meanwhile.
 
         Raises:
             NotFoundError: there is no such attempt.
         """
-        await self.database.write(lambda tx: _accept_attempt(tx, task_id, seq, job_id))
+        await self.database.write(
+            lambda tx: _accept_attempt(tx, task_id, seq, job_id, order_json)
+        )
 
     async def end_attempt(self, end: AttemptEnd) -> None:
         """See ``TaskStore``; an attempt that has ended stays as it ended."""
@@ -296,7 +300,9 @@ async def _begin_attempt(
         )
 
 
-async def _accept_attempt(tx: Transaction, task_id: str, seq: int, job_id: str) -> None:
+async def _accept_attempt(
+    tx: Transaction, task_id: str, seq: int, job_id: str, order_json: str | None
+) -> None:
     accepted = await tx.run(
         """UPDATE attempts SET job_id = $3,
             state = CASE WHEN finished_ms IS NULL THEN $4 ELSE state END
@@ -308,6 +314,13 @@ async def _accept_attempt(tx: Transaction, task_id: str, seq: int, job_id: str) 
     )
     if not accepted:
         raise NotFoundError(f"there is no attempt {seq} of task {task_id!r}")
+    if order_json is not None:
+        await tx.run(
+            """UPDATE tasks SET order_json = COALESCE(order_json, $2)
+            WHERE id = $1 AND finished_ms IS NULL""",
+            task_id,
+            order_json,
+        )
 
 
 async def _end_attempt(tx: Transaction, end: AttemptEnd) -> None:
@@ -513,7 +526,8 @@ async def _keep_result(tx: Transaction, task_id: str, result: StoredResult) -> N
 
 async def _read_unfinished(tx: Transaction, limit: int) -> list[TaskRecord]:
     rows = await tx.all(
-        """SELECT id FROM tasks WHERE finished_ms IS NULL AND mode = 'sync'
+        """SELECT id FROM tasks
+        WHERE finished_ms IS NULL AND mode = 'sync' AND order_json IS NULL
         ORDER BY created_ms, id LIMIT $1""",
         limit,
     )
