@@ -79,7 +79,7 @@ from gateway.flows.replay import Replay
 from gateway.flows.results import RESULT_KEPT_MS, Results
 from gateway.flows.tasks import ManageTasks, ReadTask
 from gateway.flows.webhooks import DeliverWebhooks
-from gateway.ports import Fetcher, Sender, TaskRecord, Tunable
+from gateway.ports import Clock, Fetcher, Sender, TaskRecord, Tunable
 from gateway.settings import Settings, load_settings
 from gateway.workers import DRAIN_MAX_S, Loops, TaskRunner, Worker
 from providers.kit.contract import Provider
@@ -185,10 +185,15 @@ def reach_outside(settings: Settings) -> Outside:
 
 
 def build_gateway(
-    settings: Settings, books: Books, log: LogListener, outside: Outside
+    settings: Settings,
+    books: Books,
+    log: LogListener,
+    outside: Outside,
+    clock: Clock | None = None,
 ) -> Gateway:
-    """Wire everything together."""
-    clock, chance, metrics = SystemClock(), SystemChance(), Metrics()
+    """Wire everything together; the clock is the machine's unless one is given."""
+    clock = clock or SystemClock()
+    chance, metrics = SystemChance(), Metrics()
     metrics.watch_log(lambda: log.dropped_lines)
     events = FanOut((metrics.on_event, log.on_event), log.on_crash)
     providers, wire, catalogue = connect_providers(settings, books.data_dir.spool)
@@ -341,7 +346,7 @@ class _House:
     kept_inputs: KeptInputs
     results: Results
     metrics: Metrics
-    clock: SystemClock
+    clock: Clock
 
     def chores(self) -> dict[str, tuple[float, Callable[[], Awaitable[object]]]]:
         """Name each chore, and how often it is done, in seconds."""
@@ -573,7 +578,7 @@ def _database_check(books: Books) -> Callable[[], Awaitable[str | None]]:
     return check
 
 
-def _today(clock: SystemClock) -> str:
+def _today(clock: Clock) -> str:
     moment = datetime.fromtimestamp(clock.now_ms() / 1000, UTC)
     return moment.date().isoformat()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import msgspec
 from litestar import Response, route
 from litestar.handlers import HTTPRouteHandler
+from litestar.params import FromPath
 
 from gateway.api.http import JSON_BODY_MAX_BYTES, AnyRequest, decode_json
 from gateway.core.errors import (
@@ -63,7 +64,7 @@ def admin_routes(
         http_method=["GET", "POST", "PUT", "PATCH"],
         status_code=200,
     )
-    async def sandbox(request: AnyRequest, upstream: str) -> Response[bytes]:
+    async def sandbox(request: AnyRequest, upstream: FromPath[str]) -> Response[bytes]:
         """Read or change how a sandbox upstream behaves, while it runs."""
         gate.check(request.headers.get("authorization"))
         tunable = sandboxes.get(upstream)

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 import msgspec
 from litestar import Response, delete, get, post
 from litestar.handlers import HTTPRouteHandler
+from litestar.params import FromPath
 
 from gateway.api.base64_uploads import read_base64_upload
 from gateway.api.forms import Form, FormLimits, boundary_of, read_form
@@ -179,7 +180,9 @@ def _keeping_routes(api: FileApi) -> list[HTTPRouteHandler]:
         return _answer("Success", data)
 
     @delete("/api/v1/files/{file_id:str}", status_code=200)
-    async def delete_file(request: AnyRequest, file_id: str) -> Response[bytes]:
+    async def delete_file(
+        request: AnyRequest, file_id: FromPath[str]
+    ) -> Response[bytes]:
         """Delete a file."""
         await api.files.delete(await api.tenant_of(request), file_id)
         return _answer("File deleted successfully")

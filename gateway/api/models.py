@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 import msgspec
 from litestar import Response, get
 from litestar.handlers import HTTPRouteHandler
+from litestar.params import FromPath
 
 from gateway.api.http import AnyRequest
 from gateway.api.render import number
@@ -34,7 +35,7 @@ def model_routes(
         return _json({"object": "list", "data": data})
 
     @get("/v1/models/{model:str}")
-    async def get_model(request: AnyRequest, model: str) -> Response[bytes]:
+    async def get_model(request: AnyRequest, model: FromPath[str]) -> Response[bytes]:
         """Return one variant by its name or an alias."""
         await authenticate(request.headers.get("authorization"))
         variant = catalogue.variant(model)

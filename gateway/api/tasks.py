@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 from litestar import Response, get, post
 from litestar.handlers import HTTPRouteHandler
+from litestar.params import FromPath
 
 from gateway.api.admin import AdminGate
 from gateway.api.http import AnyRequest, note_of, read_json
@@ -33,7 +34,7 @@ def task_routes(
     """Route the tasks."""
 
     @get("/v1/tasks/{task_id:str}")
-    async def get_task(request: AnyRequest, task_id: str) -> Response[bytes]:
+    async def get_task(request: AnyRequest, task_id: FromPath[str]) -> Response[bytes]:
         """Return a task to its tenant; to an admin with its route and attempts."""
         authorization = request.headers.get("authorization")
         link_to = links.to(request.scope)
@@ -73,7 +74,9 @@ def task_routes(
         return _json({"data": [renderer.task(view, link_to) for view in views]})
 
     @post("/v1/tasks/{task_id:str}/cancel", status_code=200)
-    async def cancel_task(request: AnyRequest, task_id: str) -> Response[bytes]:
+    async def cancel_task(
+        request: AnyRequest, task_id: FromPath[str]
+    ) -> Response[bytes]:
         """Cancel a task."""
         key = await _key(authenticate, request)
         view = await manage.cancel(task_id, key.tenant_id)
