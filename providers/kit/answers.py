@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import Enum, auto
 
 import msgspec
@@ -31,6 +32,8 @@ _WHITE = b" \t\r\n"
 _ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _PADDING_MAX = 2
 _DATA = b"data:"
+_DECODER = msgspec.json.Decoder(float_hook=Decimal)
+"""Amounts of money stand in answers: a float would not keep them."""
 
 
 class UnreadableAnswerError(Exception):
@@ -125,7 +128,7 @@ class AnswerReader:
         if self._at is not _At.OUTSIDE:
             raise UnreadableAnswerError("the answer is cut off")
         try:
-            body = msgspec.json.decode(self._skeleton.removeprefix(b"\xef\xbb\xbf"))
+            body = _DECODER.decode(self._skeleton.removeprefix(b"\xef\xbb\xbf"))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UnreadableAnswerError(f"not JSON: {error}") from error
         pictures: dict[str, Picture] = {}

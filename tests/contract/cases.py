@@ -9,11 +9,13 @@ import pytest
 from providers.kit.contract import Operation
 from tests.contract.openai_upstream import OPENAI
 from tests.contract.sandbox_upstream import SANDBOX
+from tests.contract.task_upstream import TASK
 from tests.contract.upstreams import Case
 
 CASES = [
     OPENAI,
     SANDBOX,
+    TASK,
 ]
 
 

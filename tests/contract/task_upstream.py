@@ -1,0 +1,81 @@
+"""The task_api adapter before a simulated EvoLink."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from providers.kit.contract import Capabilities, FailureKind
+from providers.registry import PROVIDERS
+from tests.builders import an_account
+from tests.contract.upstreams import USUALLY_BILLED, Case, K, Upstream, tools
+from tests.simulators.server import Fault
+from tests.simulators.task_server import KEY, TaskSimulator, serve_task_simulator
+
+USUAL = {"width_px": 1024, "height_px": 1024}
+
+
+@asynccontextmanager
+async def task_upstream(
+    folder: Path, **options: object
+) -> AsyncGenerator[tuple[Upstream, TaskSimulator], None]:
+    async with serve_task_simulator() as simulator, tools(folder) as given:
+        account = an_account(base_url=simulator.base_url, secret=KEY, options=options)
+
+        def fail(kind: FailureKind) -> None:
+            simulator.script(*TASK_FAULTS[kind])
+
+        yield (
+            Upstream(
+                PROVIDERS["task_api"](account, given),
+                fail,
+                lambda: simulator.script(Fault(hang=True)),
+                lambda: sum(
+                    purchase.n
+                    for purchase in simulator.purchases
+                    if purchase.charge != "released"
+                ),
+                given.spools,
+                USUAL,
+            ),
+            simulator,
+        )
+
+
+@asynccontextmanager
+async def connect_task(folder: Path) -> AsyncGenerator[Upstream, None]:
+    async with task_upstream(folder) as (upstream, _):
+        yield upstream
+
+
+def task_error(status: int, code: str, message: str = "no") -> list[Fault]:
+    error = {"code": code, "message": message, "type": "x"}
+    return [Fault(status=status, body={"error": error})]
+
+
+TASK_FAULTS = {
+    K.INVALID_REQUEST: task_error(400, "invalid_request", f"wrong, {KEY}"),
+    K.CONTENT_POLICY: task_error(400, "content_policy_violation", f"refused, {KEY}"),
+    K.UNSUPPORTED: task_error(404, "model_not_found"),
+    K.AUTH: task_error(401, "unauthorized", f"Incorrect API key: {KEY}"),
+    K.INSUFFICIENT_FUNDS: task_error(402, "insufficient_quota"),
+    K.RATE_LIMITED: task_error(429, "rate_limit_exceeded"),
+    K.OVERLOADED: task_error(503, "no_available_channel"),
+    K.BAD_GATEWAY: [Fault(status=502, body=f"<html>{KEY}</html>")],
+    # The reply is lost, and so is the one to the same key.
+    K.TIMEOUT: [Fault(close="before_reply")] * 2,
+    K.NO_OUTPUT: [Fault(answer="empty")],
+    K.RESULT_LOST: [Fault(answer="dead_url")],
+}
+
+
+TASK = Case(
+    "task_api",
+    connect_task,
+    USUALLY_BILLED,
+    Capabilities(n_max=1),
+    secret=KEY,
+    size_px=(1776, 592),
+    counts_tokens=False,
+)
