@@ -274,8 +274,9 @@ def _fields(job: ImageJob) -> dict[str, object]:
 
 def _progress(body: Fields) -> int | None:
     progress = body.get("progress")
-    known = type(progress) is int and 0 <= progress <= PROGRESS_MAX
-    return progress if known else None
+    if type(progress) is not int or not 0 <= progress <= PROGRESS_MAX:
+        return None
+    return progress
 
 
 def _cost_nanousd(usage: object) -> int | None:
