@@ -92,6 +92,8 @@ class NewAttempt:
     estimate_nanousd: int
     started_ms: int
     fence: int = 0
+    n: int = 1
+    """How many pictures it asks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +180,7 @@ class AttemptRecord:
     detail: str | None
     billed: str | None
     cost_nanousd: int
+    n: int = 1
 
 
 @dataclass(frozen=True, slots=True)

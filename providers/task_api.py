@@ -94,6 +94,7 @@ class TaskApi:
         return Capabilities(
             n_max=self.options.n_max,
             output_formats=frozenset(self.options.output_formats),
+            idempotent=True,
         )
 
     async def start(self, job: ImageJob) -> Done | Pending:

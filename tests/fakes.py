@@ -127,13 +127,17 @@ class ScriptedProvider:
         self.polled: list[str] = []
         self.streams = False
         self.can_stop = False
+        self.idempotent = False
         self.stops: Cancelled | None = None
         self.stop_fails: ProviderError | None = None
         self.stopped: list[str] = []
 
     def capabilities(self, model: str) -> Capabilities:
         return Capabilities(
-            n_max=self._n_max, stream=self.streams, cancel=self.can_stop
+            n_max=self._n_max,
+            stream=self.streams,
+            cancel=self.can_stop,
+            idempotent=self.idempotent,
         )
 
     async def start(self, job: ImageJob) -> Done | Pending:
@@ -244,6 +248,7 @@ class MemoryStore:
             detail=None,
             billed=None,
             cost_nanousd=0,
+            n=attempt.n,
         )
         self.tasks[task.id] = replace(
             task,

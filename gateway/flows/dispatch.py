@@ -253,31 +253,32 @@ class Dispatcher:
         self, order: Order, offer: Offer, attempt: AttemptRecord
     ) -> Lot | Failure:
         call = self._call_of(order, offer, attempt)
+        progress = _Progress(attempt.job_id)
         try:
-            done = await self._polled(call, attempt.job_id)
+            done = await self._polled(call, progress)
         except ProviderError as error:
             end = call.failed(error, self.clock.now_ms())
             await self.store.end_attempt(end)
             self._tell(call, end)
-            alive = attempt.job_id is not None and not error.ended
+            alive = progress.job_id is not None and not error.ended
             return Failure(offer, error, alive)
         end = call.won(done, self.clock.now_ms())
         self._tell(call, end)
-        return Lot(offer, done, end, asked=order.job.n)
+        return Lot(offer, done, end, asked=attempt.n)
 
     def _call_of(self, order: Order, offer: Offer, attempt: AttemptRecord) -> _Call:
         return _Call(
             order=order,
             offer=offer,
             seq=attempt.seq,
-            job=_job_at(offer, order.job, order.job.n, attempt.seq),
+            job=_job_at(offer, order.job, attempt.n, attempt.seq),
             estimate_nanousd=attempt.estimate_nanousd,
             started_ms=attempt.started_ms,
             started_mono_ms=self.clock.monotonic_ms(),
         )
 
-    async def _polled(self, call: _Call, job_id: str | None) -> Done:
-        if job_id is None:
+    async def _polled(self, call: _Call, progress: _Progress) -> Done:
+        if progress.job_id is None and not call.offer.capabilities.idempotent:
             raise ProviderError(
                 FailureKind.TIMEOUT, "the worker was lost while the call was out"
             )
@@ -287,9 +288,24 @@ class Dispatcher:
         try:
             async with asyncio.timeout_at(end_s):
                 job = replace(call.job, deadline_s=left_s)
-                return await self._finished(provider, job, Pending(job_id, 0.0))
+                step: Done | Pending = Pending(progress.job_id or "", 0.0)
+                if progress.job_id is None:
+                    step = await provider.start(job)
+                if isinstance(step, Done):
+                    return step
+                await self._accept(call, step, progress)
+                return await self._finished(provider, job, step)
         except TimeoutError:
-            raise await self._given_up(call, job_id) from None
+            raise await self._given_up(call, progress.job_id) from None
+
+    async def _accept(self, call: _Call, step: Pending, progress: _Progress) -> None:
+        if progress.job_id is not None:
+            return
+        write = call.order.order_json
+        await self.store.accept_attempt(
+            call.job.task_id, call.seq, step.job_id, write() if write else None
+        )
+        progress.job_id = step.job_id
 
     async def _choose(
         self, order: Order, purchase: Purchase, tried: frozenset[str]
@@ -450,6 +466,7 @@ class Dispatcher:
                 estimate_nanousd=call.estimate_nanousd,
                 started_ms=call.started_ms,
                 fence=call.order.fence,
+                n=call.job.n,
             ),
             decision_json(decision) if call.seq == 1 and decision else None,
         )
@@ -481,11 +498,7 @@ class Dispatcher:
                     return await _streamed(provider, job, on_partial, progress)
                 step = await provider.start(job)
                 if isinstance(step, Pending):
-                    write = call.order.order_json
-                    await self.store.accept_attempt(
-                        job.task_id, call.seq, step.job_id, write() if write else None
-                    )
-                    progress.job_id = step.job_id
+                    await self._accept(call, step, progress)
                     # Nothing else is tried while the job may be alive: it has all the
                     # time that there is.
                     limit.reschedule(self._end_of_time_s(call.order))

@@ -306,7 +306,8 @@ class Capabilities:
 
     An empty ``qualities`` or ``sizes`` means: any that the variant allows. ``stream``
     tells that ``Provider.stream`` shows partial pictures, ``cancel`` that a job that
-    was left pending can be stopped.
+    was left pending can be stopped, ``idempotent`` that a job may be handed over again
+    under the same ``task_id`` and ``seq``: what is bought already is not bought twice.
     """
 
     operations: frozenset[Operation] = frozenset({Operation.GENERATE})
@@ -319,6 +320,7 @@ class Capabilities:
     references_max: int = 0
     stream: bool = False
     cancel: bool = False
+    idempotent: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,7 @@ TASK = Case(
     "task_api",
     connect_task,
     USUALLY_BILLED,
-    Capabilities(n_max=1),
+    Capabilities(n_max=1, idempotent=True),
     secret=KEY,
     size_px=(1776, 592),
     counts_tokens=False,

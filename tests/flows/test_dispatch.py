@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,9 @@ from gateway.core.breaker import BreakerState
 from gateway.core.events import AttemptFinished
 from gateway.core.limits import REBUYS_ALWAYS, RetryBudget, RiskBook
 from gateway.core.routing import NEXT_BY_KIND, Next
-from gateway.flows.dispatch import ANSWER_RESERVE_MS, ATTEMPT_MAX_MS
+from gateway.core.tasks import AttemptState
+from gateway.flows.dispatch import ANSWER_RESERVE_MS, ATTEMPT_MAX_MS, Purchase
+from gateway.ports import AttemptRecord
 from providers.kit.contract import (
     Billed,
     Cancelled,
@@ -280,6 +283,64 @@ async def test_a_job_that_failed_is_bought_elsewhere_and_not_asked_for_again() -
     assert [lot.offer.upstream for lot in purchase.lots] == ["dear"]
     assert failed.polled == ["job-7"]
     assert shop.store.waste_nanousd == 0
+
+
+async def taken_up(shop: Shop, *, job_id: str | None) -> Purchase:
+    """Carry on what another worker began: two pictures, at the first upstream."""
+    order = shop.order(2)
+    begun = AttemptRecord(
+        seq=3,
+        offer_id=shop.offers[0].id,
+        upstream=shop.offers[0].upstream,
+        state=AttemptState.SENDING,
+        estimate_nanousd=2 * CENT,
+        started_ms=0,
+        finished_ms=None,
+        job_id=job_id,
+        kind=None,
+        upstream_status=None,
+        upstream_code=None,
+        detail=None,
+        billed=None,
+        cost_nanousd=0,
+        n=2,
+    )
+    return await shop.dispatcher.buy(replace(order, history=(begun,)))
+
+
+async def test_a_job_of_a_lost_worker_is_polled_and_not_handed_over_again() -> None:
+    shop = Shop({"cheap": ScriptedProvider(delivered(2)), "dear": working()})
+
+    purchase = await taken_up(shop, job_id="job-7")
+
+    assert [lot.offer.upstream for lot in purchase.lots] == ["cheap"]
+    assert purchase.missing == 0
+    assert shop.upstreams["cheap"].jobs == []
+    assert shop.upstreams["cheap"].polled == ["job-7"]
+
+
+async def test_what_a_lost_worker_sent_is_sent_again_under_the_same_name() -> None:
+    # Where the upstream knows it again by that; nowhere else.
+    known = ScriptedProvider(Pending("job-7"), delivered(2))
+    known.idempotent = True
+    shop = Shop({"cheap": known, "dear": working()})
+
+    purchase = await taken_up(shop, job_id=None)
+
+    (job,) = known.jobs
+    assert (job.seq, job.n) == (3, 2)
+    assert [lot.offer.upstream for lot in purchase.lots] == ["cheap"]
+    assert shop.store.trail == ["accepted job-7"]
+
+
+async def test_what_a_lost_worker_sent_elsewhere_is_bought_anew_elsewhere() -> None:
+    shop = Shop({"cheap": working(), "dear": ScriptedProvider(delivered(2))})
+
+    purchase = await taken_up(shop, job_id=None)
+
+    assert [lot.offer.upstream for lot in purchase.lots] == ["dear"]
+    assert shop.upstreams["cheap"].jobs == []
+    assert shop.store.waste_nanousd == 2 * CENT
 
 
 async def test_a_job_has_all_the_time_there_is_and_is_stopped_then() -> None:

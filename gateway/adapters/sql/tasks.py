@@ -284,8 +284,8 @@ async def _begin_attempt(
         raise ConflictError(f"task {attempt.task_id!r} is over")
     begun = await tx.run(
         """INSERT INTO attempts
-            (task_id, seq, offer_id, upstream, state, estimate_nanousd, started_ms)
-        VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING""",
+            (task_id, seq, offer_id, upstream, state, estimate_nanousd, started_ms, n)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT DO NOTHING""",
         attempt.task_id,
         attempt.seq,
         attempt.offer_id,
@@ -293,6 +293,7 @@ async def _begin_attempt(
         AttemptState.SENDING.value,
         attempt.estimate_nanousd,
         attempt.started_ms,
+        attempt.n,
     )
     if not begun:
         raise ConflictError(
@@ -554,7 +555,7 @@ async def read_task(tx: Transaction, task_id: str) -> TaskRecord | None:
     attempts = await tx.all(
         """SELECT seq, offer_id, upstream, state, estimate_nanousd, started_ms,
             finished_ms, job_id, kind, upstream_status, upstream_code, detail, billed,
-            cost_nanousd
+            cost_nanousd, n
         FROM attempts WHERE task_id = $1 ORDER BY seq""",
         task_id,
     )
