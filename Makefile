@@ -10,7 +10,7 @@ DATA_DIR ?= data
 CLIENTS := tests/clients
 SOURCES := gateway providers tests bench
 
-.PHONY: help setup setup-dev serve test check format bench simulators lock clean
+.PHONY: help setup setup-dev serve test chaos check format bench simulators lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -24,6 +24,9 @@ serve: setup ## Run the gateway (HOST, PORT, DATA_DIR)
 
 test: setup-dev $(CLIENTS)/node_modules/.done ## Run every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
+
+chaos: setup-dev ## Kill and stop workers for minutes, and see that nothing is lost
+	$(BIN)/python -m pytest -q -s --whole -o timeout=1200 tests/chaos $(ARGS)
 
 check: setup-dev ## Format, lint, types, import contracts, configuration
 	$(BIN)/ruff format --check $(SOURCES)
@@ -40,6 +43,7 @@ bench: setup-dev ## Measure speed and memory; prints figures
 	$(BIN)/python -m bench.ledger
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.fetching
+	$(BIN)/python -m bench.tasks
 	$(BIN)/python -m bench.speed
 
 simulators: setup-dev ## Run a simulated OpenAI on loopback, to rehearse with

@@ -127,13 +127,15 @@ class DataDir:
         Folders that somebody removed are made again.
         """
         try:
-            free_bytes = shutil.disk_usage(self.root).free
-            for folder in (self.results, self.spool, self.uploads, self.inputs):
+            folders = (self.results, self.spool, self.uploads, self.inputs)
+            for folder in folders:
                 if os.access(folder, os.W_OK | os.X_OK):
                     continue
                 folder.mkdir(exist_ok=True)
                 if not os.access(folder, os.W_OK | os.X_OK):
                     return f"{folder} cannot be written"
+            # Each may be a disk of its own.
+            free_bytes = min(shutil.disk_usage(f).free for f in (self.root, *folders))
         except OSError as error:
             return f"the data folder cannot be used: {error.strerror}"
         if free_bytes < DISK_FREE_MIN_BYTES:

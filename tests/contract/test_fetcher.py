@@ -728,13 +728,13 @@ class Certificate:
         return context
 
 
-def certificate(folder: Path, name: str) -> Certificate:
+def certificate(folder: Path, name: str, *, kind: str = "DNS") -> Certificate:
     openssl = shutil.which("openssl")
     assert openssl, "these tests need the openssl command"
     made = Certificate(folder / f"{name}.pem", folder / f"{name}.key")
     command = (
         f"req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 "
-        f"-subj /CN={name} -addext subjectAltName=DNS:{name} "
+        f"-subj /CN={name} -addext subjectAltName={kind}:{name} "
         f"-out {made.path} -keyout {made.key}"
     )
     subprocess.run([openssl, *command.split()], check=True, capture_output=True)

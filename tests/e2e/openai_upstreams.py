@@ -71,10 +71,10 @@ def simulated_upstream(name: str) -> Iterator[SimulatedUpstream]:
 
 
 @contextmanager
-def running_server(module: str) -> Iterator[str]:
+def running_server(module: str, *options: str) -> Iterator[str]:
     """Run a module as a process that prints its base URL; returns that."""
     with subprocess.Popen(
-        [sys.executable, "-m", module],
+        [sys.executable, "-m", module, *options],
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
