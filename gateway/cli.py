@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from gateway.generating import (
+    EXIT_CONFIG,
+    EXIT_FAILED,
+    generate,
+    show_estimate,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from gateway.books import Books
     from gateway.ports import TaskRecord
     from gateway.settings import Settings
-
-EXIT_FAILED = 1
-EXIT_CONFIG = 78
-"""EX_CONFIG of sysexits."""
 
 T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -508,18 +511,10 @@ def estimate(
         from gateway import app
 
         priced = app.estimated(settings, body)
-    if as_json:
-        click.echo(app.as_json(priced))
-        return
-    shown = json.loads(app.as_json(priced))
-    click.echo(f"{shown['model']} {shown['size']} {shown['quality']} x {shown['n']}")
-    for end in ("low", "high"):
-        quote = json.loads(app.as_json(priced), parse_float=str, parse_int=str)[end]
-        tokens = {k: v for k, v in quote["tokens"].items() if v != "0"}
-        counts = ", ".join(f"{k} {v}" for k, v in tokens.items())
-        click.echo(
-            f"  {end:<5}{quote['credits']} credits  ${quote['usd']}  ({counts} tokens)"
-        )
+    show_estimate(app.as_json(priced), as_json=as_json)
+
+
+main.add_command(generate)
 
 
 @main.group()
