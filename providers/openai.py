@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from providers.kit.accounts import check_secret, check_url
 from providers.kit.contract import (
     Account,
     Cancelled,
@@ -82,9 +83,8 @@ def connect(account: Account, tools: Tools) -> OpenAI:
         ValueError: the message names the option that is wrong.
     """
     quirks = read_quirks(account.options)
-    _check_base_url(account.base_url)
-    if not account.secret.isascii() or not account.secret.isprintable():
-        raise ValueError("credential: holds characters that cannot be sent")
+    check_url(account.base_url)
+    check_secret(account.secret)
     if quirks.auth_header != "none" and not account.secret:
         raise ValueError('credential: is empty (or set auth_header = "none")')
     return OpenAI(account, tools, quirks)
@@ -269,15 +269,3 @@ def _size(job: ImageJob) -> str:
     if job.width_px is None or job.height_px is None:
         return "auto"
     return f"{job.width_px}x{job.height_px}"
-
-
-def _check_base_url(base_url: str) -> None:
-    try:
-        parts = urlsplit(base_url)
-        usable = bool(parts.hostname) and parts.scheme in {"http", "https"}
-        usable = usable and not (parts.query or parts.fragment or "@" in parts.netloc)
-        usable = usable and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise ValueError("base_url: must be http(s)://host[:port][/path], nothing more")

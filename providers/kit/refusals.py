@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import msgspec
 
@@ -13,6 +14,7 @@ from providers.kit.wire import RETRY_AFTER_MAX_S, retry_after_s, scrub
 
 _OK = range(200, 300)
 _FAULTS = range(400, 600)
+NO_CODES: Mapping[str, FailureKind] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +62,16 @@ def refusal(
     return judge(Refusal.of(status, headers, decoded), secret)
 
 
-def judge(refused: Refusal, secret: str) -> ProviderError:
-    """Classify an error by code, then words, headers, status."""
+def judge(
+    refused: Refusal, secret: str, *, kinds: Mapping[str, FailureKind] = NO_CODES
+) -> ProviderError:
+    """Classify an error by code, then words, headers, status.
+
+    ``kinds`` are codes of the upstream's own, in lower case; they come first.
+    """
     kind = (
-        _first(refused.codes, _KIND_BY_CODE)
+        _first(refused.codes, kinds)
+        or _first(refused.codes, _KIND_BY_CODE)
         or _KIND_BY_TYPE.get(refused.type)
         or _kind_by_words(refused)
         or _kind_by_header(refused)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from providers.kit.contract import Capabilities, FailureKind
+from providers.kit.contract import Capabilities, FailureKind, Operation
 from providers.registry import PROVIDERS
+from providers.task_api import TaskApi
 from tests.builders import an_account
 from tests.contract.upstreams import USUALLY_BILLED, Case, K, Upstream, tools
 from tests.simulators.server import Fault
@@ -18,17 +20,19 @@ USUAL = {"width_px": 1024, "height_px": 1024}
 
 @asynccontextmanager
 async def task_upstream(
-    folder: Path, **options: object
+    folder: Path, kind: type[TaskSimulator] = TaskSimulator, **options: object
 ) -> AsyncGenerator[tuple[Upstream, TaskSimulator], None]:
-    async with serve_task_simulator() as simulator, tools(folder) as given:
+    async with serve_task_simulator(kind) as simulator, tools(folder) as given:
         account = an_account(base_url=simulator.base_url, secret=KEY, options=options)
+        provider = PROVIDERS["task_api"](account, given)
+        assert isinstance(provider, TaskApi)
 
         def fail(kind: FailureKind) -> None:
             simulator.script(*TASK_FAULTS[kind])
 
         yield (
             Upstream(
-                PROVIDERS["task_api"](account, given),
+                replace(provider, replay_pause_s=0),
                 fail,
                 lambda: simulator.script(Fault(hang=True)),
                 lambda: sum(
@@ -74,7 +78,13 @@ TASK = Case(
     "task_api",
     connect_task,
     USUALLY_BILLED,
-    Capabilities(n_max=1, idempotent=True),
+    Capabilities(
+        operations=frozenset(Operation),
+        n_max=1,
+        mask=True,
+        references_max=16,
+        idempotent=True,
+    ),
     secret=KEY,
     size_px=(1776, 592),
     counts_tokens=False,
