@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from providers.kit.accounts import check_secret, check_url
+from providers.kit.accounts import check_base_url, check_secret, read_options
 from providers.kit.answers import Answer, AnswerReader, Picture, UnreadableAnswerError
 from providers.kit.contract import (
     Account,
@@ -260,16 +260,13 @@ def connect(account: Account, tools: Tools) -> TaskApi:
     Raises:
         ValueError: the message names the option that is wrong.
     """
-    try:
-        options = msgspec.convert(dict(account.options), Options)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"options: {error}") from error
-    check_url(account.base_url)
+    options = read_options(account.options, Options)
+    check_base_url(account.base_url)
     check_secret(account.secret)
     if not account.secret:
         raise ValueError("credential: is empty")
     files_url = options.files_url or _files_url(account.base_url)
-    check_url(files_url, "files_url")
+    check_base_url(files_url, "files_url")
     dialect = DIALECTS[options.dialect]
     if options.references == "upload" and options.dialect != "evolink":
         raise ValueError("references: only EvoLink's file API is known")

@@ -160,7 +160,8 @@ class ImagesApi:
         return Done(
             images=tuple(images),
             usage=read_usage(harvest.usage) if whole and self.usage_is_true else None,
-            upstream_request_id=reply.headers.get("x-request-id"),
+            upstream_request_id=reply.headers.get("x-request-id")
+            or reply.headers.get("apim-request-id"),
             quality=_known(body.get("quality"), get_args(Quality)),
             background=_known(body.get("background"), get_args(Background)),
         )

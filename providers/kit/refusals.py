@@ -12,6 +12,8 @@ import msgspec
 from providers.kit.contract import Billed, FailureKind, ProviderError
 from providers.kit.wire import RETRY_AFTER_MAX_S, retry_after_s, scrub
 
+_MADE = re.compile(r"(?i)generated image was filtered")
+"""So Azure says that the picture was refused, not the prompt."""
 _OK = range(200, 300)
 _FAULTS = range(400, 600)
 NO_CODES: Mapping[str, FailureKind] = MappingProxyType({})
@@ -40,13 +42,14 @@ class Refusal:
         inner = _object(found.get("innererror") or found.get("inner_error"))
         code = found.get("code")
         stage = _object(found.get("moderation_details")).get("moderation_stage")
+        message = str(found.get("message") or "")
         return cls(
             status=_told_status(status, code),
             headers=headers,
             codes=tuple(str(c) for c in (inner.get("code"), code) if c),
             type=str(found.get("type") or "").lower(),
-            message=str(found.get("message") or ""),
-            output_stage=stage == "output",
+            message=message,
+            output_stage=stage == "output" or bool(_MADE.search(message)),
             in_success=status in _OK,
         )
 
@@ -113,6 +116,7 @@ _KIND_BY_CODE: Mapping[str, FailureKind] = {
     "unsupported_country_region_territory": _K.AUTH,
     "model_not_found": _K.UNSUPPORTED,
     "deploymentnotfound": _K.UNSUPPORTED,
+    "operationnotsupported": _K.UNSUPPORTED,
     "unknown_parameter": _K.UNSUPPORTED,
     "unsupported_parameter": _K.UNSUPPORTED,
     "unsupported_value": _K.UNSUPPORTED,
@@ -165,6 +169,7 @@ _KIND_BY_WORDS: tuple[
         re.compile(
             r"(?i)(?:unknown|unsupported|unrecognized) (?:request )?"
             r"(?:parameter|argument)|model\b.{0,80} (?:does not exist|not found)"
+            r"|api version not supported"
         ),
         _K.UNSUPPORTED,
     ),
@@ -190,7 +195,8 @@ _KIND_BY_STATUS: Mapping[int, FailureKind] = {
     529: _K.OVERLOADED,
 }
 _WAIT_IN_WORDS = re.compile(
-    r"(?i)(?:resets|try again) in ~?(\d{1,6}(?:\.\d{1,6})?) ?(ms|s)\b"
+    r"(?i)(?:(?:resets|try again) in|retry after) ~?(\d{1,6}(?:\.\d{1,6})?)"
+    r" ?(ms|s(?:econds?)?)\b"
 )
 
 

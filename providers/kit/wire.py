@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import math
 import re
+import time
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -336,13 +337,22 @@ class _Upload:
             self._limit.reschedule(None if self.is_out else now_s + self._idle_s)
 
 
+def epoch_s() -> float:
+    """Seconds since the epoch, by the machine's clock."""
+    return time.time_ns() / 10**9
+
+
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What adapters are built with: the network, temporary files, and chance."""
+    """What adapters are built with: the network, temporary files, chance and time.
+
+    ``now_s`` tells the seconds since the epoch.
+    """
 
     wire: Wire
     spools: SpoolFolder
     fraction: Callable[[], float]
+    now_s: Callable[[], float] = epoch_s
 
 
 def unwritable() -> ProviderError:

@@ -7,12 +7,14 @@ from collections.abc import Callable
 import pytest
 
 from providers.kit.contract import Operation
+from tests.contract.azure_upstream import AZURE
 from tests.contract.openai_upstream import OPENAI
 from tests.contract.sandbox_upstream import SANDBOX
 from tests.contract.task_upstream import TASK
 from tests.contract.upstreams import Case
 
 CASES = [
+    AZURE,
     OPENAI,
     SANDBOX,
     TASK,

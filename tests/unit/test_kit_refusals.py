@@ -42,6 +42,7 @@ REFUSALS: list[tuple[int, object, FailureKind]] = [
     (400, body_of("unsupported_parameter"), K.UNSUPPORTED),
     (400, body_of("unsupported_value"), K.UNSUPPORTED),
     (404, body_of("model_not_found"), K.UNSUPPORTED),
+    (400, body_of("OperationNotSupported"), K.UNSUPPORTED),
     (400, body_of("invalid_image_file"), K.INVALID_REQUEST),
     (401, body_of("invalid_api_key"), K.AUTH),
     # by words
@@ -51,6 +52,7 @@ REFUSALS: list[tuple[int, object, FailureKind]] = [
     (400, body_of(None, "names are case-sensitive"), K.INVALID_REQUEST),
     (403, body_of(None, "User is locked: Exhausted balance"), K.INSUFFICIENT_FUNDS),
     (400, body_of(None, "Unknown parameter: 'background'."), K.UNSUPPORTED),
+    (400, body_of("BadRequest", "API version not supported"), K.UNSUPPORTED),
     (500, body_of(None, "the moderation service is down"), K.BAD_GATEWAY),
     # by status
     (400, body_of(), K.INVALID_REQUEST),
