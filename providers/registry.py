@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from providers import azure, openai, sandbox, task_api
+from providers import azure, openai, openrouter, sandbox, task_api
 from providers.kit.contract import Account, Provider
 from providers.kit.wire import Tools
 
 PROVIDERS: Mapping[str, Callable[[Account, Tools], Provider]] = {
     "azure": azure.connect,
     "openai": openai.connect,
+    "openrouter": openrouter.connect,
     "sandbox": sandbox.connect,
     "task_api": task_api.connect,
 }

@@ -41,13 +41,11 @@ from providers.kit.refusals import Refusal, judge
 from providers.kit.usages import read_usage
 from providers.kit.wire import (
     TEXT_MAX_CHARS,
-    Body,
     Call,
     Download,
     Reply,
     Tools,
     scrub,
-    unwritable,
 )
 
 SUBMIT_MAX_S = 30.0
@@ -341,7 +339,7 @@ class TaskApi:
             _check_edit(job, self.capabilities(job.model))
             fields |= await self._reference_fields(job, end_s)
         call = self._call("POST", self._url(self.dialect.submit_path), end_s)
-        call = replace(call, body=_body(fields))
+        call = replace(call, body=json_body(fields))
         if self.dialect.replays:
             headers = {**call.headers, "Idempotency-Key": _key(job)}
             call = replace(call, headers=headers)
@@ -659,13 +657,6 @@ def _size(job: ImageJob, sizes: frozenset[tuple[int, int]]) -> str | None:
     if sizes == _BY_RATIO:
         return _RATIOS[job.width_px, job.height_px]
     return f"{job.width_px}x{job.height_px}"
-
-
-def _body(fields: Mapping[str, object]) -> Body:
-    try:
-        return json_body(fields)
-    except UnicodeEncodeError as error:
-        raise unwritable() from error
 
 
 def _check_edit(job: ImageJob, capable: Capabilities) -> None:

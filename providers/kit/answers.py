@@ -34,6 +34,12 @@ _PADDING_MAX = 2
 _DATA = b"data:"
 _DECODER = msgspec.json.Decoder(float_hook=Decimal)
 """Amounts of money stand in answers: a float would not keep them."""
+_UNDECODABLE = (
+    msgspec.DecodeError,
+    UnicodeDecodeError,
+    RecursionError,
+    ArithmeticError,  # of a number with an exponent beyond all bounds
+)
 
 
 class UnreadableAnswerError(Exception):
@@ -129,7 +135,7 @@ class AnswerReader:
             raise UnreadableAnswerError("the answer is cut off")
         try:
             body = _DECODER.decode(self._skeleton.removeprefix(b"\xef\xbb\xbf"))
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except _UNDECODABLE as error:
             raise UnreadableAnswerError(f"not JSON: {error}") from error
         pictures: dict[str, Picture] = {}
         faults: list[str] = []

@@ -5,7 +5,7 @@ For every adapter that speaks this API, whatever its URLs and credentials look l
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -24,10 +24,11 @@ from providers.kit.contract import (
     MadeImage,
     Partial,
     ProviderError,
+    Usage,
 )
 from providers.kit.events import Event, EventReader
 from providers.kit.images import NotAnImageError, read_payload_header
-from providers.kit.refusals import Refusal, judge, refusal
+from providers.kit.refusals import decoded, judge_body
 from providers.kit.streams import Emit, relayed
 from providers.kit.usages import read_usage
 from providers.kit.wire import TEXT_MAX_CHARS, Call, Download, Reply, Tools
@@ -39,6 +40,8 @@ Quality = Literal["low", "medium", "high", "xhigh", "max"]
 Background = Literal["opaque", "transparent"]
 Fields = Mapping[str, object]
 Chunks = AsyncGenerator[bytes, None]
+Judge = Callable[[int, Mapping[str, str], object, str], ProviderError]
+"""Classifies an error by status, headers, decoded body; the secret is kept out."""
 
 _INDEX_MAX = 1000
 
@@ -48,19 +51,25 @@ class ImagesApi:
     """Asks, and reads what is answered.
 
     ``hosts`` may be asked for pictures that come as a link. ``usage_is_true`` says
-    whether to believe the reported tokens.
+    whether to believe the reported tokens. What servers write in words of their own is
+    read by ``judge`` (an error), and by ``tokens_of`` and ``nanousd_of`` (the ``usage``
+    object); ``id_header`` is where they give a call its name, in lower case.
     """
 
     tools: Tools
     hosts: frozenset[str]
     usage_is_true: bool
+    judge: Judge = judge_body
+    tokens_of: Callable[[object], Usage | None] = read_usage
+    nanousd_of: Callable[[object], int | None] = lambda _: None
+    id_header: str = "x-request-id"
 
     async def ask(self, call: Call, n: int) -> Done:
         """Make a call that answers when all is done."""
-        harvest = _Harvest(call, n)
+        harvest = _Harvest(call, n, self.judge)
         try:
             async with self.tools.wire.exchange(call) as reply:
-                await _check(reply, call)
+                await _check(reply, harvest)
                 async with aclosing(reply.chunks()) as chunks:
                     await self._read_answer(harvest, reply, b"", chunks)
             return await self._done(harvest, reply)
@@ -76,7 +85,7 @@ class ImagesApi:
 
         async def work(emit: Emit) -> None:
             looks = _Looks(emit, job.partial_images * job.n)
-            harvest = _Harvest(call, job.n, looks)
+            harvest = _Harvest(call, job.n, self.judge, looks)
             try:
                 emit(await self._followed(harvest))
             except ProviderError as error:
@@ -93,7 +102,7 @@ class ImagesApi:
         reply: Reply | None = None
         try:
             async with self.tools.wire.exchange(harvest.call) as reply:
-                await _check(reply, harvest.call)
+                await _check(reply, harvest)
                 # Nobody knows how long the next look takes.
                 async with aclosing(reply.chunks(paced=False)) as chunks:
                     await self._read_either(harvest, reply, chunks)
@@ -159,8 +168,12 @@ class ImagesApi:
         body = harvest.body
         return Done(
             images=tuple(images),
-            usage=read_usage(harvest.usage) if whole and self.usage_is_true else None,
-            upstream_request_id=reply.headers.get("x-request-id")
+            usage=self.tokens_of(harvest.usage)
+            if whole and self.usage_is_true
+            else None,
+            # The account pays for what was made, whatever became of it.
+            cost_nanousd=None if harvest.broken_off else self.nanousd_of(harvest.usage),
+            upstream_request_id=reply.headers.get(self.id_header)
             or reply.headers.get("apim-request-id"),
             quality=_known(body.get("quality"), get_args(Quality)),
             background=_known(body.get("background"), get_args(Background)),
@@ -232,6 +245,7 @@ class _Harvest:
 
     call: Call
     n: int
+    judge: Judge
     looks: _Looks | None = None
     answers: list[Answer] = field(default_factory=list)
     items: list[tuple[Answer, Fields]] = field(default_factory=list)
@@ -267,6 +281,9 @@ class _Harvest:
         # A stream is not read to its end: some never end it.
         self.is_over = self.is_stream and len(self.items) >= self.n
 
+    def refused(self, reply: Reply, body: object) -> ProviderError:
+        return self.judge(reply.status, reply.headers, body, self.call.secret)
+
     def close(self) -> None:
         for answer in self.answers:
             answer.close()
@@ -289,8 +306,7 @@ def _take_event(name: str, answer: Answer, harvest: _Harvest, reply: Reply) -> N
     assert isinstance(body, dict), "an event's data is an object"
     kind = body.get("type") or name
     if kind == "error" or body.get("error"):
-        refused = Refusal.of(reply.status, reply.headers, body)
-        raise judge(refused, harvest.call.secret)
+        raise harvest.refused(reply, body)
     if kind in COMPLETED or "data" in body:
         harvest.add(answer, body)
         return
@@ -305,8 +321,7 @@ def _why_nothing(
     harvest: _Harvest, reply: Reply, lost: ProviderError | None
 ) -> ProviderError:
     if harvest.body.get("error"):
-        refused = Refusal.of(reply.status, reply.headers, harvest.body)
-        return judge(refused, harvest.call.secret)
+        return harvest.refused(reply, harvest.body)
     if harvest.faults:
         return _unreadable(f"pictures: {'; '.join(harvest.faults)}", reply)
     if lost is not None:
@@ -324,10 +339,9 @@ def _why_nothing(
     )
 
 
-async def _check(reply: Reply, call: Call) -> None:
+async def _check(reply: Reply, harvest: _Harvest) -> None:
     if not reply.is_success:
-        body = await reply.error_body()
-        raise refusal(reply.status, reply.headers, body, secret=call.secret)
+        raise harvest.refused(reply, decoded(await reply.error_body()))
 
 
 def _speaks_events(reply: Reply, start: bytes) -> bool:

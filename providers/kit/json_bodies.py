@@ -1,4 +1,4 @@
-"""Writes JSON with pictures in it (data URIs), never whole in memory."""
+"""Writes JSON with pictures in it as data URIs, never whole in memory."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 
 import msgspec
 
-from providers.kit.contract import InputFile
+from providers.kit.contract import FailureKind, InputFile, ProviderError
 from providers.kit.payloads import base64_chunks, base64_length
-from providers.kit.wire import Body
+from providers.kit.wire import Body, unwritable
 
 
 def json_body(fields: Mapping[str, object]) -> Body:
@@ -18,31 +18,37 @@ def json_body(fields: Mapping[str, object]) -> Body:
     Its length is known and it can be sent any number of times.
 
     Raises:
-        UnicodeEncodeError: a text cannot be written as UTF-8.
+        ProviderError: a text cannot be written as UTF-8, or a file cannot be read.
     """
-    files: list[InputFile] = []
     # Chosen anew: nobody can write a prompt that stands for a file.
     mark = secrets.token_hex(16)
-
-    def marked(value: object) -> object:
-        if isinstance(value, InputFile):
-            files.append(value)
-            return mark
-        if isinstance(value, Mapping):
-            return {name: marked(one) for name, one in value.items()}
-        return [marked(one) for one in value] if isinstance(value, list) else value
-
-    start, *texts = msgspec.json.encode(marked(fields)).split(mark.encode())
-    heads = [f"data:{one.media_type};base64,".encode() for one in files]
-    size_bytes = len(start)
-    for head, one, text in zip(heads, files, texts, strict=True):
-        size_bytes += len(head) + base64_length(one.payload) + len(text)
+    files: list[InputFile] = []
+    try:
+        texts = msgspec.json.encode(_marked(fields, mark, files)).split(mark.encode())
+        size_bytes = sum(map(len, texts))
+        size_bytes += sum(base64_length(file.payload) for file in files)
+    except UnicodeEncodeError as error:
+        raise unwritable() from error
+    except OSError as error:
+        raise ProviderError(
+            FailureKind.NETWORK, f"a file cannot be read: {error.strerror}"
+        ) from error
 
     def chunks() -> Iterator[bytes]:
-        yield start
-        for head, one, text in zip(heads, files, texts, strict=True):
-            yield head
-            yield from base64_chunks(one.payload)
+        yield texts[0]
+        for file, text in zip(files, texts[1:], strict=True):
+            yield from base64_chunks(file.payload)
             yield text
 
     return Body("application/json", size_bytes, chunks)
+
+
+def _marked(value: object, mark: str, files: list[InputFile]) -> object:
+    if isinstance(value, InputFile):
+        files.append(value)
+        return f"data:{value.media_type};base64,{mark}"
+    if isinstance(value, Mapping):
+        return {name: _marked(one, mark, files) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_marked(one, mark, files) for one in value]
+    return value

@@ -58,22 +58,40 @@ def refusal(
     status: int, headers: Mapping[str, str], body: bytes, *, secret: str
 ) -> ProviderError:
     """Classify an error answer. Decided by code, then words, headers, status."""
+    return judge_body(status, headers, decoded(body), secret)
+
+
+def decoded(body: bytes) -> object:
+    """Decode the body of an error answer; None when it is no JSON."""
     try:
-        decoded: object = msgspec.json.decode(body)
+        value: object = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        decoded = None
-    return judge(Refusal.of(status, headers, decoded), secret)
+        return None
+    return value
+
+
+def judge_body(
+    status: int, headers: Mapping[str, str], body: object, secret: str
+) -> ProviderError:
+    """Classify an error that stands in a decoded body."""
+    return judge(Refusal.of(status, headers, body), secret)
 
 
 def judge(
-    refused: Refusal, secret: str, *, kinds: Mapping[str, FailureKind] = NO_CODES
+    refused: Refusal,
+    secret: str,
+    *,
+    kind: FailureKind | None = None,
+    kinds: Mapping[str, FailureKind] = NO_CODES,
 ) -> ProviderError:
     """Classify an error by code, then words, headers, status.
 
-    ``kinds`` are codes of the upstream's own, in lower case; they come first.
+    ``kind`` is given by who knows it already. ``kinds`` are codes of the upstream's
+    own, in lower case; they come before all others.
     """
     kind = (
-        _first(refused.codes, kinds)
+        kind
+        or _first(refused.codes, kinds)
         or _first(refused.codes, _KIND_BY_CODE)
         or _KIND_BY_TYPE.get(refused.type)
         or _kind_by_words(refused)

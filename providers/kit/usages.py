@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from decimal import ROUND_CEILING, Decimal
 
 from providers.kit.contract import Usage
 
 TOKENS_MAX = 1_000_000_000
 """A usage beyond this is no usage."""
+COST_MAX_USD = 10_000
+"""Nor does a call cost more than this."""
+NANOUSD_PER_USD = 1_000_000_000
 
 
 def read_usage(reported: object) -> Usage | None:
@@ -52,6 +56,18 @@ def read_usage(reported: object) -> Usage | None:
         image_cached=image_cached,
         image_output=output,
     )
+
+
+def read_nanousd(usd: object) -> int | None:
+    """Read an amount of US dollars, rounded up; None when it cannot be true.
+
+    A float is none: it has lost what was written.
+    """
+    if type(usd) is int:
+        usd = Decimal(usd)
+    if not isinstance(usd, Decimal) or not 0 <= usd <= COST_MAX_USD:
+        return None
+    return int((usd * NANOUSD_PER_USD).to_integral_value(ROUND_CEILING))
 
 
 def _cached(

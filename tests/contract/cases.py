@@ -9,6 +9,7 @@ import pytest
 from providers.kit.contract import Operation
 from tests.contract.azure_upstream import AZURE
 from tests.contract.openai_upstream import OPENAI
+from tests.contract.openrouter_upstream import OPENROUTER
 from tests.contract.sandbox_upstream import SANDBOX
 from tests.contract.task_upstream import TASK
 from tests.contract.upstreams import Case
@@ -16,6 +17,7 @@ from tests.contract.upstreams import Case
 CASES = [
     AZURE,
     OPENAI,
+    OPENROUTER,
     SANDBOX,
     TASK,
 ]

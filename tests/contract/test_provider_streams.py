@@ -111,7 +111,7 @@ async def test_a_failing_stream_has_its_kind_and_leaves_no_file(
 @those(streams)
 async def test_whoever_leaves_early_leaves_no_file(case: Case, tmp_path: Path) -> None:
     async with case.connect(tmp_path) as upstream:
-        job = a_job(partial_images=3, width_px=1024, height_px=1024)
+        job = upstream.job(partial_images=3, width_px=1024, height_px=1024)
         async with aclosing(upstream.provider.stream(job)) as made:
             first = await anext(made)
             assert isinstance(first, Partial)
@@ -150,7 +150,7 @@ async def test_a_slow_reader_is_not_interrupted_by_the_deadline(
     case: Case, tmp_path: Path
 ) -> None:
     async with case.connect(tmp_path) as upstream:
-        job = a_job(partial_images=2, deadline_s=0.1)
+        job = upstream.job(partial_images=2, deadline_s=0.1)
         seen: list[Partial | Done] = []
         async with aclosing(upstream.provider.stream(job)) as made:
             async for item in made:

@@ -6,6 +6,7 @@ import base64
 import json
 import tracemalloc
 from collections.abc import Iterable, Iterator
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,16 @@ def test_a_picture_goes_into_a_spool_and_leaves_a_mark(spools: SpoolFolder) -> N
     assert (picture.header.width_px, picture.header.height_px) == (64, 32)
     assert answer.take("0") is None
     picture.spool.close()
+
+
+def test_an_amount_keeps_its_digits(spools: SpoolFolder) -> None:
+    answer = read(spools, b'{"cost": 0.12345678901234567890, "n": 1}')
+    assert answer.body == {"cost": Decimal("0.12345678901234567890"), "n": 1}
+
+
+def test_a_number_beyond_all_bounds_is_unreadable(spools: SpoolFolder) -> None:
+    with pytest.raises(UnreadableAnswerError):
+        read(spools, b'{"cost": 1e99999999999999999999}')
 
 
 @pytest.mark.parametrize(

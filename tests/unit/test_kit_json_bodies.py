@@ -10,7 +10,7 @@ from typing import Literal
 
 import pytest
 
-from providers.kit.contract import InputFile
+from providers.kit.contract import FailureKind, InputFile, ProviderError
 from providers.kit.json_bodies import json_body
 from providers.kit.spool import SpoolFolder
 
@@ -59,8 +59,9 @@ def test_a_body_without_files_is_plain_json() -> None:
 
 
 def test_half_a_character_cannot_be_written() -> None:
-    with pytest.raises(UnicodeEncodeError):
+    with pytest.raises(ProviderError) as caught:
         json_body({"prompt": "\ud800"})
+    assert caught.value.kind is FailureKind.INVALID_REQUEST
 
 
 def test_a_large_file_is_never_held_whole(tmp_path: Path) -> None:

@@ -1,0 +1,86 @@
+"""The openrouter adapter before a simulated OpenRouter."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from providers.kit.contract import Capabilities, FailureKind, Operation
+from providers.registry import PROVIDERS
+from tests.builders import an_account
+from tests.contract.upstreams import USUALLY_BILLED, Case, K, Upstream, tools
+from tests.simulators.openrouter_server import (
+    KEY,
+    OpenRouterSimulator,
+    serve_openrouter_simulator,
+)
+from tests.simulators.server import Fault
+
+MODEL = "openai/gpt-image-2"
+
+
+@asynccontextmanager
+async def openrouter_upstream(
+    folder: Path, **options: object
+) -> AsyncGenerator[tuple[Upstream, OpenRouterSimulator], None]:
+    async with serve_openrouter_simulator() as simulator, tools(folder) as given:
+        account = an_account(base_url=simulator.base_url, secret=KEY, options=options)
+
+        def fail(kind: FailureKind) -> None:
+            simulator.script(OPENROUTER_FAULTS[kind])
+
+        yield (
+            Upstream(
+                PROVIDERS["openrouter"](account, given),
+                fail,
+                lambda: simulator.script(Fault(hang=True)),
+                lambda: sum(purchase.n for purchase in simulator.purchases),
+                given.spools,
+                usual={"model": MODEL},
+            ),
+            simulator,
+        )
+
+
+@asynccontextmanager
+async def connect_openrouter(folder: Path) -> AsyncGenerator[Upstream, None]:
+    async with openrouter_upstream(folder) as (upstream, _):
+        yield upstream
+
+
+def openrouter_error(status: int, message: str = "no", **metadata: Any) -> Fault:
+    error = {"code": status, "message": message, "metadata": metadata}
+    return Fault(status=status, body={"error": error, "user_id": "user_1"})
+
+
+OPENROUTER_FAULTS = {
+    K.INVALID_REQUEST: openrouter_error(
+        400, f"wrong, {KEY}", error_type="invalid_request"
+    ),
+    K.CONTENT_POLICY: openrouter_error(403, f"flagged, {KEY}", reasons=["violence"]),
+    K.UNSUPPORTED: openrouter_error(404, "No endpoints found for that."),
+    K.AUTH: openrouter_error(401, f"No such key: {KEY}"),
+    K.INSUFFICIENT_FUNDS: openrouter_error(402, limit_source="openrouter_credits"),
+    K.RATE_LIMITED: openrouter_error(429, error_type="rate_limit_exceeded"),
+    K.OVERLOADED: openrouter_error(529),
+    K.BAD_GATEWAY: Fault(status=502, body=f"<html>{KEY}</html>"),
+    K.TIMEOUT: Fault(close="before_reply"),
+    K.NO_OUTPUT: Fault(answer="empty"),
+}
+
+
+OPENROUTER = Case(
+    "openrouter",
+    connect_openrouter,
+    {kind: USUALLY_BILLED[kind] for kind in OPENROUTER_FAULTS},
+    Capabilities(
+        operations=frozenset(Operation),
+        references_max=16,
+        backgrounds=frozenset({"opaque"}),
+        stream=True,
+    ),
+    secret=KEY,
+    model=MODEL,
+)
