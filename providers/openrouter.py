@@ -15,10 +15,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Literal, get_args
-from urllib.parse import urlsplit
 
 import msgspec
 
+from providers.kit.accounts import check_base_url, check_secret, read_options
 from providers.kit.contract import (
     Account,
     Cancelled,
@@ -94,12 +94,10 @@ def connect(account: Account, tools: Tools) -> OpenRouter:
         ValueError: the message names the option that is wrong.
     """
     quirks = read_quirks(account.options)
-    _check_base_url(account.base_url)
-    secret = account.secret
-    if not secret:
+    check_base_url(account.base_url)
+    check_secret(account.secret)
+    if not account.secret:
         raise ValueError("credential: is empty")
-    if not secret.isascii() or not secret.isprintable():
-        raise ValueError("credential: holds characters that cannot be sent")
     return OpenRouter(account, tools, quirks)
 
 
@@ -109,10 +107,7 @@ def read_quirks(options: Mapping[str, object]) -> Quirks:
     Raises:
         ValueError: the message names the option that is wrong.
     """
-    try:
-        quirks = msgspec.convert(dict(options), Quirks)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"options: {error}") from error
+    quirks = read_options(options, Quirks)
     if quirks.dimensions == "aspect_ratio":
         strange = sorted(s for s in quirks.sizes if _ratio(*_pixels(s)) not in RATIOS)
         if strange or not quirks.sizes:
@@ -450,18 +445,6 @@ def _check_edit(job: ImageJob, capable: Capabilities) -> None:
 
 def _unable(detail: str) -> ProviderError:
     return ProviderError(FailureKind.UNSUPPORTED, detail)
-
-
-def _check_base_url(base_url: str) -> None:
-    try:
-        parts = urlsplit(base_url)
-        usable = bool(parts.hostname) and parts.scheme in {"http", "https"}
-        usable = usable and not (parts.query or parts.fragment or "@" in parts.netloc)
-        usable = usable and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise ValueError("base_url: must be http(s)://host[:port][/path], nothing more")
 
 
 def _object(value: object) -> Mapping[str, object]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from providers import azure, openai, openrouter, sandbox, task_api
+from providers import azure, fal, openai, openrouter, sandbox, task_api
 from providers.kit.contract import Account, Provider
 from providers.kit.wire import Tools
 
 PROVIDERS: Mapping[str, Callable[[Account, Tools], Provider]] = {
     "azure": azure.connect,
+    "fal": fal.connect,
     "openai": openai.connect,
     "openrouter": openrouter.connect,
     "sandbox": sandbox.connect,

@@ -171,6 +171,7 @@ _KIND_BY_WORDS: tuple[
         frozenset({None, 400, 402, 403, 429}),
         re.compile(
             r"(?i)exhausted balance|insufficient (?:credit|balance|quota|funds)|billing"
+            r"|\btop[ _-]?up\b|\buser is locked\b(?!.{0,80}admin lock)"
         ),
         _K.INSUFFICIENT_FUNDS,
     ),

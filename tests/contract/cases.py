@@ -8,6 +8,7 @@ import pytest
 
 from providers.kit.contract import Operation
 from tests.contract.azure_upstream import AZURE
+from tests.contract.fal_upstream import FAL
 from tests.contract.openai_upstream import OPENAI
 from tests.contract.openrouter_upstream import OPENROUTER
 from tests.contract.sandbox_upstream import SANDBOX
@@ -16,6 +17,7 @@ from tests.contract.upstreams import Case
 
 CASES = [
     AZURE,
+    FAL,
     OPENAI,
     OPENROUTER,
     SANDBOX,

@@ -126,7 +126,8 @@ async def test_a_reference_that_is_no_picture_is_the_clients_fault(
     async with case.connect(tmp_path) as upstream:
         reference = an_input(upstream.spools, b"not a picture" * 100)
         error = await upstream.failure(operation=EDIT, references=(reference,))
-        assert (error.kind, error.billed) == (K.INVALID_REQUEST, Billed.NO)
+        billed = case.failures[K.INVALID_REQUEST]
+        assert (error.kind, error.billed) == (K.INVALID_REQUEST, billed)
         assert error.client_message
         assert upstream.purchases() == 0
         close(reference)

@@ -1,0 +1,665 @@
+"""fal.ai: pictures from its queue, which is asked until they are made.
+
+What is peculiar to its models and to an account is in ``Options``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field, replace
+from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+
+from providers.kit.accounts import (
+    check_base_url,
+    check_secret,
+    is_at_home,
+    read_options,
+)
+from providers.kit.answers import (
+    Answer,
+    AnswerReader,
+    Picture,
+    UnreadableAnswerError,
+)
+from providers.kit.contract import (
+    Account,
+    Billed,
+    Cancelled,
+    Capabilities,
+    Done,
+    FailureKind,
+    ImageJob,
+    MadeImage,
+    Operation,
+    Partial,
+    Pending,
+    ProviderError,
+)
+from providers.kit.images import NotAnImageError, read_payload_header
+from providers.kit.images_api import Quality
+from providers.kit.json_bodies import json_body
+from providers.kit.refusals import Refusal, judge
+from providers.kit.usages import read_usage
+from providers.kit.wire import (
+    TEXT_MAX_CHARS,
+    Call,
+    Download,
+    Reply,
+    Tools,
+)
+
+READ_MAX_S = 30.0
+"""How long one look at a job may take. One that hangs is repeated, not waited for."""
+POLL_QUEUED_S = 2.0
+POLL_RUNNING_S = 1.0
+START_MIN_S = 2
+"""fal refuses a time to start of 1 s or less."""
+N_MAX = 4
+REFERENCES_MAX = 16
+UNITS_MAX = 1_000_000
+"""A count of billable units beyond this is no count."""
+UNITS_MAX_CHARS = 32
+
+DOWNLOAD_HOSTS = frozenset({"fal.media", "v3.fal.media", "v3b.fal.media"})
+AUTO_SIZE_PX = (1024, 1024)
+"""What is asked for where the model may choose: fal's own choice is 1024x768."""
+
+Plain = Annotated[str, msgspec.Meta(pattern="^[!-~]+$")]
+Host = Annotated[str, msgspec.Meta(pattern="^[0-9A-Za-z.:-]+$")]
+Size = Annotated[str, msgspec.Meta(pattern="^[1-9][0-9]{1,4}x[1-9][0-9]{1,4}$")]
+Path = Annotated[str, msgspec.Meta(pattern="^/[!-~]*$")]
+Fields = Mapping[str, object]
+
+_FIRST_FAMILY = re.compile(r"(?:.*/)?gpt-image-1(?:[.-][^/]*)?(?:/|$)")
+"""gpt-image-1, 1.5 and mini take other fields than their successors."""
+_FIRST_SIZES = frozenset({(1024, 1024), (1536, 1024), (1024, 1536)})
+_KNOWS_AUTO_QUALITY = re.compile(r"(?:.*/)?gpt-image-2\.")
+_THREE_QUALITIES = frozenset({"low", "medium", "high"})
+_STILL_AT_WORK = re.compile(r"(?i)still in progress")
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an account's endpoints can do; each field is an option.
+
+    A job's model is the id of the endpoint that generates. The one that edits is
+    looked up in ``edit_models``; else it is that id with ``/edit`` at its end, in place
+    of ``/text-to-image`` where there is one. ``edits`` and ``mask`` say whether it can
+    do that, ``background`` whether it takes one (the gpt-image-1 family always does).
+    ``usage`` says whether to believe the reported tokens. ``download_hosts`` may be
+    asked for pictures, besides fal's own. Empty ``sizes`` and ``qualities`` mean:
+    what the model is known to take.
+    """
+
+    edits: bool = True
+    edit_models: Mapping[Plain, Plain] = {}
+    mask: bool = True
+    references_max: Annotated[int, msgspec.Meta(ge=1, le=REFERENCES_MAX)] = (
+        REFERENCES_MAX
+    )
+    background: bool = False
+    n_max: Annotated[int, msgspec.Meta(ge=1, le=N_MAX)] = N_MAX
+    usage: Literal["trust", "ignore"] = "trust"
+    priority: Literal["normal", "low"] = "normal"
+    download_hosts: frozenset[Host] = frozenset()
+    sizes: frozenset[Size] = frozenset()
+    qualities: frozenset[Quality] = frozenset()
+
+
+def connect(account: Account, tools: Tools) -> Fal:
+    """Build the adapter for an account.
+
+    Raises:
+        ValueError: the message names the option that is wrong.
+    """
+    options = read_options(account.options, Options)
+    check_base_url(account.base_url)
+    check_secret(account.secret)
+    if not account.secret:
+        raise ValueError("credential: is empty")
+    parts = urlsplit(account.base_url)
+    return Fal(account, tools, options, f"{parts.scheme}://{parts.netloc}")
+
+
+@dataclass(frozen=True, slots=True)
+class Fal:
+    """A provider behind fal's queue. ``origin`` is the only host that sees the key."""
+
+    account: Account
+    tools: Tools
+    options: Options
+    origin: str
+
+    def capabilities(self, model: str) -> Capabilities:
+        """Tell what the model is known to take, within the account's options."""
+        options = self.options
+        first = bool(_FIRST_FAMILY.match(model))
+        told = (size.split("x") for size in options.sizes)
+        sizes = frozenset((int(width), int(height)) for width, height in told)
+        auto = bool(_KNOWS_AUTO_QUALITY.match(model))
+        qualities = frozenset() if auto else _THREE_QUALITIES
+        see_through = first or options.background
+        return Capabilities(
+            operations=frozenset(Operation)
+            if options.edits
+            else frozenset({Operation.GENERATE}),
+            n_max=options.n_max,
+            sizes=sizes or (_FIRST_SIZES if first else frozenset()),
+            qualities=frozenset(options.qualities) or qualities,
+            backgrounds=frozenset(
+                {"opaque", "transparent"} if see_through else {"opaque"}
+            ),
+            mask=options.edits and options.mask,
+            references_max=options.references_max if options.edits else 0,
+            cancel=True,
+        )
+
+    async def start(self, job: ImageJob) -> Done | Pending:
+        """Put the job into the queue, once."""
+        heard = await self._told(self._submission(job))
+        place = _place_of(heard.body, self.origin)
+        if heard.is_success and place is not None:
+            return Pending(msgspec.json.encode(place).decode(), POLL_RUNNING_S)
+        if heard.is_success and not _says_why(heard.body):
+            raise _unreadable(heard, "no job that could be asked for at this host")
+        raise self._refused(heard)
+
+    def stream(self, job: ImageJob) -> AsyncGenerator[Partial | Done, None]:  # noqa: ARG002 - the contract's
+        """Fail: partial pictures are not shown."""
+        raise _unable("no streams here")
+
+    async def poll(self, job: ImageJob, job_id: str) -> Done | Pending:
+        """Ask how the job is, and for its pictures when it has ended.
+
+        A job may go back into the queue. One that has completed may have failed: often
+        only its result tells.
+        """
+        place = _read_place(job_id)
+        with _job_is_out():
+            told = await self._status(job, place)
+            state = told.get("status")
+            if state == "IN_QUEUE":
+                return Pending(job_id, POLL_QUEUED_S, progress=0)
+            if state == "COMPLETED":
+                done = await self._result(job, place, told)
+                if done is not None:
+                    return done
+        return Pending(job_id, POLL_RUNNING_S)
+
+    async def cancel(self, job: ImageJob, job_id: str) -> Cancelled | None:
+        """Take the job out of the queue, or ask for it to be stopped.
+
+        One that waits is removed, and free. One that runs gets a signal, and may be
+        charged. Which it was is asked before: afterwards nothing tells.
+        """
+        place = _read_place(job_id)
+        with _job_is_out():
+            try:
+                state = (await self._status(job, place))["status"]
+            except ProviderError as error:
+                if error.ended:
+                    return None
+                raise
+            if state == "COMPLETED":
+                return None
+            heard = await self._told(self._look(job, "PUT", place.cancel))
+            if heard.status in _TOO_LATE:
+                return None
+            if not heard.is_success:
+                raise self._refused(heard)
+        return Cancelled(Billed.NO if state == "IN_QUEUE" else Billed.MAYBE)
+
+    async def close(self) -> None:
+        """Nothing to give back: the connections belong to the wire."""
+
+    def _submission(self, job: ImageJob) -> Call:
+        if job.operation is Operation.EDIT:
+            _check_edit(job, self.capabilities(job.model))
+        headers = {
+            # Else fal tries again by itself, up to ten times, and hides its trouble.
+            "x-fal-no-retry": "1",
+            # A job that starts later would end when nobody waits any more.
+            "X-Fal-Request-Timeout": str(
+                max(START_MIN_S, math.ceil(job.deadline_s / 2))
+            ),
+        }
+        if self.options.priority != "normal":
+            headers["X-Fal-Queue-Priority"] = self.options.priority
+        return Call(
+            "POST",
+            f"{self.account.base_url.rstrip('/')}/{endpoint(job, self.options)}",
+            asyncio.get_running_loop().time() + job.deadline_s,
+            headers=self._headers(headers),
+            body=json_body(job_fields(job)),
+            secret=self.account.secret,
+        )
+
+    def _look(self, job: ImageJob, method: str, path: str) -> Call:
+        return Call(
+            method,
+            f"{self.origin}{path}",
+            asyncio.get_running_loop().time() + min(job.deadline_s, READ_MAX_S),
+            headers=self._headers({}),
+            secret=self.account.secret,
+        )
+
+    def _headers(self, more: Mapping[str, str]) -> dict[str, str]:
+        return {"Authorization": f"Key {self.account.secret}", **more}
+
+    async def _status(self, job: ImageJob, place: Place) -> Fields:
+        heard = await self._told(self._look(job, "GET", place.status))
+        if heard.status in _GONE:
+            raise _gone(heard, Billed.MAYBE)
+        if not heard.is_success:
+            raise self._refused(heard)
+        told = _object(heard.body)
+        if told.get("status") not in _STATES:
+            raise _unreadable(heard, f"the status {str(told.get('status'))[:40]!r}")
+        return told
+
+    async def _result(self, job: ImageJob, place: Place, told: Fields) -> Done | None:
+        """Fetch what a completed job has left; None: it is at work again."""
+        call = self._look(job, "GET", place.result)
+        heard = await self._hear(call)
+        try:
+            if heard.is_at_work:
+                return None
+            if not heard.is_success:
+                raise self._verdict(heard, told)
+            limit_s = asyncio.get_running_loop().time() + job.deadline_s
+            harvest = await self._harvest(heard, job.n, limit_s)
+        finally:
+            heard.close()
+        if not harvest.images:
+            raise self._why_nothing(heard, told, harvest)
+        usage = _object(heard.body).get("usage")
+        trusted = (
+            harvest.is_whole and not harvest.lost and self.options.usage == "trust"
+        )
+        return Done(
+            images=tuple(harvest.images),
+            usage=read_usage(usage) if trusted else None,
+            units_millionths=_units_millionths(heard.headers),
+            upstream_request_id=place.request_id,
+        )
+
+    async def _harvest(self, heard: _Heard, n: int, deadline_at_s: float) -> _Harvest:
+        listed = _object(heard.body).get("images")
+        items = listed if isinstance(listed, list) else []
+        faults = heard.answer.faults if heard.answer else ()
+        harvest = _Harvest(faults, len(items) <= n and not faults)
+        try:
+            for item in items[:n]:
+                try:
+                    image = await self._image(heard, _object(item), deadline_at_s)
+                except ProviderError as error:
+                    harvest.lost = error
+                else:
+                    harvest.images += [image] if image is not None else []
+        except BaseException:
+            harvest.close()
+            raise
+        return harvest
+
+    async def _image(
+        self, heard: _Heard, item: Fields, deadline_at_s: float
+    ) -> MadeImage | None:
+        url = item.get("url")
+        picture = heard.answer.take(url) if heard.answer else None
+        if picture is None and isinstance(url, str) and "/" in url:
+            picture = await self._fetched(url, deadline_at_s)
+        if picture is None:
+            return None
+        header = picture.header
+        return MadeImage(
+            picture.spool, header.media_type, header.width_px, header.height_px
+        )
+
+    async def _fetched(self, url: str, deadline_at_s: float) -> Picture:
+        home = urlsplit(self.origin).hostname or ""
+        hosts = DOWNLOAD_HOSTS | self.options.download_hosts | {home}
+        download = Download(url, hosts, deadline_at_s, secret=self.account.secret)
+        spool = await self.tools.wire.download(download, self.tools.spools)
+        try:
+            return Picture(spool, read_payload_header(spool))
+        except (NotAnImageError, OSError) as error:
+            spool.close()
+            raise ProviderError(
+                FailureKind.RESULT_LOST, f"what the link gave is {error}"
+            ) from error
+
+    async def _told(self, call: Call) -> _Heard:
+        """Make a call whose answer holds no pictures."""
+        heard = await self._hear(call)
+        heard.close()
+        return heard
+
+    async def _hear(self, call: Call) -> _Heard:
+        """Make a call and read its answer, pictures in it straight into spools."""
+        async with self.tools.wire.exchange(call) as reply:
+            if not reply.is_success:
+                body = _decoded(await reply.error_body())
+                return _Heard(reply.status, reply.headers, body)
+            answer = await self._read(reply)
+            return _Heard(reply.status, reply.headers, answer.body, answer)
+
+    async def _read(self, reply: Reply) -> Answer:
+        reader = AnswerReader(self.tools.spools)
+        try:
+            async with aclosing(reply.chunks()) as chunks:
+                async for chunk in chunks:
+                    reader.feed(chunk)
+            return reader.finish()
+        except UnreadableAnswerError as error:
+            raise _unreadable(reply, str(error)) from error
+        except OSError as error:
+            raise ProviderError(
+                FailureKind.RESULT_LOST, f"no room for the answer: {error.strerror}"
+            ) from error
+        finally:
+            reader.close()
+
+    def _refused(self, heard: _Heard) -> ProviderError:
+        """Classify an error answer: what is wrong with the call itself."""
+        headers = heard.headers
+        word = _object(heard.body).get("error_type") or headers.get("x-fal-error-type")
+        kinds = _KIND_BY_CODE
+        if headers.get("x-fal-request-timeout-type") == "user":
+            kinds = {**kinds, **_NOT_STARTED_IN_TIME}
+        if headers.get("x-fal-retryable") == "true":
+            headers = {**headers, "x-should-retry": "true"}
+        refused = Refusal.of(heard.status, headers, heard.body)
+        if isinstance(word, str):
+            refused = replace(refused, codes=(word, *refused.codes))
+        error = judge(refused, self.account.secret, kinds=kinds)
+        if isinstance(word, str) and heard.status >= _SERVER_FAULT:
+            # These are fal's own words, and it charges for none of its own faults.
+            error.billed = Billed.NO
+        return error
+
+    def _verdict(self, heard: _Heard, told: Fields) -> ProviderError:
+        """Tell a job that failed from a result that cannot be read just now."""
+        failed = bool(told.get("error") or told.get("error_type"))
+        if failed and not heard.is_of_a_job:
+            why = {"detail": told.get("error"), "error_type": told.get("error_type")}
+            heard = _Heard(_OK, {}, why)
+        elif heard.status in _GONE:
+            return _gone(heard, Billed.YES)
+        error = self._refused(heard)
+        if failed or heard.is_of_a_job:
+            error.ended = True
+            error.billed = _billed(error, heard)
+        return error
+
+    def _why_nothing(
+        self, heard: _Heard, told: Fields, harvest: _Harvest
+    ) -> ProviderError:
+        if told.get("error") or told.get("error_type"):
+            return self._verdict(_Heard(heard.status, {}, None), told)
+        if _says_why(heard.body):
+            error = self._refused(heard)
+        elif harvest.faults:
+            error = _unreadable(heard, f"pictures: {'; '.join(harvest.faults)}")
+        elif harvest.lost is not None:
+            error = harvest.lost
+        elif "images" not in _object(heard.body):
+            return _unreadable(heard, "an object that is no result")
+        else:
+            error = ProviderError(
+                FailureKind.NO_OUTPUT,
+                "a success without a picture",
+                status=heard.status,
+            )
+        error.ended = True
+        return error
+
+
+class Place(msgspec.Struct, frozen=True, array_like=True):
+    """Where a job is asked for, at the account's own host: what a job id holds."""
+
+    request_id: str
+    status: Path
+    result: Path
+    cancel: Path
+
+
+def endpoint(job: ImageJob, options: Options) -> str:
+    """Name the endpoint that a job is for."""
+    if job.operation is Operation.GENERATE:
+        return job.model
+    usual = job.model.removesuffix("/text-to-image") + "/edit"
+    return options.edit_models.get(job.model, usual)
+
+
+def job_fields(job: ImageJob) -> dict[str, object]:
+    """Write a job as the input of its endpoint; pictures stand where they belong.
+
+    What fal has no field for is left out: compression, moderation, and who asks.
+    """
+    first = bool(_FIRST_FAMILY.match(job.model))
+    edit = job.operation is Operation.EDIT
+    fields: dict[str, object] = {
+        "prompt": job.prompt,
+        "image_size": _image_size(job, words=first),
+        # Never left to fal: it would make the dearest.
+        "quality": job.quality,
+        "num_images": job.n,
+        "output_format": job.output_format,
+        "background": job.background if job.background == "transparent" else None,
+    }
+    if edit:
+        fields["image_urls"] = job.references
+        fields["mask_image_url" if first else "mask_url"] = job.mask
+        fields["input_fidelity"] = job.input_fidelity if first else None
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _image_size(job: ImageJob, *, words: bool) -> object:
+    if job.width_px is not None and job.height_px is not None:
+        width_px, height_px = job.width_px, job.height_px
+    elif job.operation is Operation.EDIT:
+        return "auto"
+    else:
+        width_px, height_px = AUTO_SIZE_PX
+    if words:
+        return f"{width_px}x{height_px}"
+    return {"width": width_px, "height": height_px}
+
+
+def _check_edit(job: ImageJob, capable: Capabilities) -> None:
+    if Operation.EDIT not in capable.operations:
+        raise _unable("no edits here")
+    if not 1 <= len(job.references) <= capable.references_max:
+        raise _unable(f"no edits of {len(job.references)} pictures here")
+    if job.mask is not None and not capable.mask:
+        raise _unable("no masks here")
+
+
+_STATES = frozenset({"IN_QUEUE", "IN_PROGRESS", "COMPLETED"})
+_GONE = frozenset({404, 410})
+_TOO_LATE = frozenset({400, 404, 410})
+_OF_A_JOB = frozenset({400, 413, 415, 422})
+_AT_WORK = 202
+_SERVER_FAULT = 500
+_BAD_REQUEST = 400
+_OK = 200
+_K = FailureKind
+_KIND_BY_CODE: Mapping[str, FailureKind] = {
+    "request_timeout": _K.TIMEOUT,
+    "startup_timeout": _K.OVERLOADED,
+    "runner_scheduling_failure": _K.OVERLOADED,
+    "runner_connection_timeout": _K.OVERLOADED,
+    "runner_connection_refused": _K.OVERLOADED,
+    "runner_connection_error": _K.BAD_GATEWAY,
+    "runner_disconnected": _K.BAD_GATEWAY,
+    "runner_incomplete_response": _K.BAD_GATEWAY,
+    "runner_server_error": _K.BAD_GATEWAY,
+    "client_disconnected": _K.TIMEOUT,
+    "client_cancelled": _K.TIMEOUT,
+    "bad_request": _K.INVALID_REQUEST,
+    "internal_error": _K.BAD_GATEWAY,
+    "internal_server_error": _K.BAD_GATEWAY,
+    "downstream_service_error": _K.BAD_GATEWAY,
+    "downstream_service_unavailable": _K.OVERLOADED,
+    "no_media_generated": _K.NO_OUTPUT,
+    "feature_not_supported": _K.UNSUPPORTED,
+    # The gateway has checked all values: this endpoint knows fewer.
+    "one_of": _K.UNSUPPORTED,
+    "enum": _K.UNSUPPORTED,
+    "literal_error": _K.UNSUPPORTED,
+}
+_NOT_STARTED_IN_TIME: Mapping[str, FailureKind] = {"request_timeout": _K.OVERLOADED}
+_MAYBE_CHARGED = frozenset(
+    {_K.INVALID_REQUEST, _K.CONTENT_POLICY, _K.UNSUPPORTED, _K.NO_OUTPUT}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """An answer as far as it matters; of a refusal the body may be anything."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: object
+    answer: Answer | None = None
+
+    @property
+    def is_success(self) -> bool:
+        return self.answer is not None
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether it says, in place of a result, that there is none yet."""
+        if self.status == _AT_WORK:
+            return True
+        detail = _object(self.body).get("detail")
+        return isinstance(detail, str) and bool(_STILL_AT_WORK.search(detail))
+
+    @property
+    def is_of_a_job(self) -> bool:
+        """Whether an error is what a job has left, not trouble with reading it."""
+        body = _object(self.body)
+        marked = {"x-fal-error-type", "x-fal-retryable"} & self.headers.keys()
+        marked_inside = "error_type" in body or isinstance(body.get("detail"), list)
+        return bool(marked) or marked_inside or self.status in _OF_A_JOB
+
+    def close(self) -> None:
+        if self.answer is not None:
+            self.answer.close()
+
+
+@dataclass(slots=True)
+class _Harvest:
+    """The pictures of a result, and the last trouble with one that is a link."""
+
+    faults: tuple[str, ...]
+    is_whole: bool
+    images: list[MadeImage] = field(default_factory=list)
+    lost: ProviderError | None = None
+
+    def close(self) -> None:
+        for image in self.images:
+            image.payload.close()
+
+
+@contextmanager
+def _job_is_out() -> Iterator[None]:
+    """See to it that no failed read says that a job is free while it may be alive."""
+    try:
+        yield
+    except ProviderError as error:
+        if not error.ended and error.billed is Billed.NO:
+            error.billed = Billed.MAYBE
+        raise
+
+
+def _billed(error: ProviderError, heard: _Heard) -> Billed:
+    """Tell whether a job that failed is charged: 5xx never is, 422 may be."""
+    units = _units_millionths(heard.headers)
+    if units is not None:
+        return Billed.YES if units else Billed.NO
+    stopped = (error.upstream_code or "").startswith("client_")
+    refused = error.kind in _MAYBE_CHARGED and heard.status != _BAD_REQUEST
+    return Billed.MAYBE if stopped or refused else Billed.NO
+
+
+def _units_millionths(headers: Mapping[str, str]) -> int | None:
+    text = headers.get("x-fal-billable-units", "")
+    try:
+        units = Decimal(text[:UNITS_MAX_CHARS])
+    except InvalidOperation:
+        return None
+    if not units.is_finite() or not 0 <= units <= UNITS_MAX:
+        return None
+    return int((units * 1_000_000).to_integral_value(ROUND_HALF_UP))
+
+
+def _unreadable(heard: Reply | _Heard, detail: str) -> ProviderError:
+    return ProviderError(
+        FailureKind.BAD_GATEWAY,
+        f"{heard.status} with what cannot be used: {detail}"[:TEXT_MAX_CHARS],
+        status=heard.status,
+        billed=Billed.MAYBE,
+    )
+
+
+def _gone(heard: _Heard, billed: Billed) -> ProviderError:
+    return ProviderError(
+        FailureKind.RESULT_LOST,
+        f"{heard.status}: fal does not know the job, or its result, any more",
+        status=heard.status,
+        billed=billed,
+        ended=True,
+    )
+
+
+def _unable(detail: str) -> ProviderError:
+    return ProviderError(FailureKind.UNSUPPORTED, detail)
+
+
+def _read_place(job_id: str) -> Place:
+    try:
+        return msgspec.json.decode(job_id, type=Place)
+    except (msgspec.DecodeError, UnicodeError) as error:
+        raise _unable("this is no job of fal's queue") from error
+
+
+def _place_of(body: object, origin: str) -> Place | None:
+    """Read where a job is asked for; None unless all of it is at the key's own host."""
+    told = _object(body)
+    urls = (told.get(f"{name}_url") for name in ("status", "response", "cancel"))
+    paths = (_path(url, origin) for url in urls)
+    try:
+        return msgspec.convert([told.get("request_id"), *paths], Place)
+    except msgspec.ValidationError:
+        return None
+
+
+def _path(url: object, origin: str) -> str | None:
+    if not isinstance(url, str) or not is_at_home(url, origin):
+        return None
+    parts = urlsplit(url)
+    return f"{parts.path}?{parts.query}" if parts.query else parts.path
+
+
+def _says_why(body: object) -> bool:
+    found = _object(body)
+    return bool(found.get("detail") or found.get("error"))
+
+
+def _decoded(body: bytes) -> object:
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _object(value: object) -> Fields:
+    return value if isinstance(value, dict) else {}

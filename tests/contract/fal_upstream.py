@@ -1,0 +1,103 @@
+"""The fal adapter before a simulated queue.fal.run."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from providers.kit.contract import Billed, Capabilities, FailureKind, Operation
+from providers.registry import PROVIDERS
+from tests.builders import an_account
+from tests.contract.upstreams import USUALLY_BILLED, Case, K, Upstream, tools
+from tests.simulators.fal_server import KEY, FalSimulator, serve_fal_simulator
+from tests.simulators.server import Fault
+
+MODEL = "openai/gpt-image-2"
+
+
+@asynccontextmanager
+async def fal_upstream(
+    folder: Path, **options: object
+) -> AsyncGenerator[tuple[Upstream, FalSimulator], None]:
+    async with serve_fal_simulator() as simulator, tools(folder) as given:
+        account = an_account(base_url=simulator.base_url, secret=KEY, options=options)
+
+        def fail(kind: FailureKind) -> None:
+            simulator.script(FAL_FAULTS[kind])
+
+        yield (
+            Upstream(
+                PROVIDERS["fal"](account, given),
+                fail,
+                lambda: simulator.script(Fault(hang=True)),
+                lambda: sum(purchase.n for purchase in simulator.purchases),
+                given.spools,
+                {"model": MODEL},
+            ),
+            simulator,
+        )
+
+
+@asynccontextmanager
+async def connect_fal(folder: Path) -> AsyncGenerator[Upstream, None]:
+    async with fal_upstream(folder) as (upstream, _):
+        yield upstream
+
+
+def refused(status: int, detail: object, **headers: str) -> Fault:
+    """Say that the queue does not take the job."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Fault(status=status, body={"detail": detail}, headers=named)
+
+
+def broken(status: int, error_type: str, detail: str = "no", **headers: str) -> Fault:
+    """Say that the job ends with an error of the infrastructure."""
+    body = {"detail": detail, "error_type": error_type}
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    headers = {"X-Fal-Error-Type": error_type, **named}
+    return Fault("run", status=status, body=body, headers=headers)
+
+
+def faulted(kind: str, message: str = "no", *, status: int = 422) -> Fault:
+    """Say that the job ends with an error of the model."""
+    told: dict[str, Any] = {"loc": ["body", "prompt"], "msg": message, "type": kind}
+    headers = {"X-Fal-Retryable": "false"}
+    return Fault("run", status=status, body={"detail": [told]}, headers=headers)
+
+
+FAL_FAULTS = {
+    K.INVALID_REQUEST: faulted("image_too_small", f"wrong, {KEY}"),
+    K.CONTENT_POLICY: faulted("content_policy_violation", f"refused, {KEY}"),
+    K.UNSUPPORTED: refused(404, "Application 'gpt-image-2' not found"),
+    K.AUTH: refused(401, f"Invalid key: {KEY}"),
+    K.INSUFFICIENT_FUNDS: refused(
+        403, "User is locked. Reason: Exhausted balance. Top up your balance."
+    ),
+    K.RATE_LIMITED: refused(429, "Too many concurrent requests", retry_after="7"),
+    K.OVERLOADED: broken(503, "runner_scheduling_failure"),
+    K.BAD_GATEWAY: Fault(status=502, body=f"<html>{KEY}</html>"),
+    K.TIMEOUT: Fault(close="before_reply"),
+    K.NO_OUTPUT: Fault("run", answer="empty"),
+    K.RESULT_LOST: Fault("run", answer="dead_url"),
+}
+
+
+FAL = Case(
+    "fal",
+    connect_fal,
+    # fal may charge for a 422.
+    USUALLY_BILLED | {K.INVALID_REQUEST: Billed.MAYBE, K.CONTENT_POLICY: Billed.MAYBE},
+    Capabilities(
+        operations=frozenset(Operation),
+        n_max=4,
+        qualities=frozenset({"low", "medium", "high"}),
+        backgrounds=frozenset({"opaque"}),
+        mask=True,
+        references_max=16,
+        cancel=True,
+    ),
+    secret=KEY,
+    model=MODEL,
+)
