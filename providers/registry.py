@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from providers import azure, fal, openai, openrouter, sandbox, task_api
+from providers import (
+    azure,
+    fal,
+    openai,
+    openrouter,
+    replicate,
+    sandbox,
+    task_api,
+)
 from providers.kit.contract import Account, Provider
 from providers.kit.wire import Tools
 
@@ -13,6 +21,7 @@ PROVIDERS: Mapping[str, Callable[[Account, Tools], Provider]] = {
     "fal": fal.connect,
     "openai": openai.connect,
     "openrouter": openrouter.connect,
+    "replicate": replicate.connect,
     "sandbox": sandbox.connect,
     "task_api": task_api.connect,
 }

@@ -11,6 +11,7 @@ from tests.contract.azure_upstream import AZURE
 from tests.contract.fal_upstream import FAL
 from tests.contract.openai_upstream import OPENAI
 from tests.contract.openrouter_upstream import OPENROUTER
+from tests.contract.replicate_upstream import REPLICATE
 from tests.contract.sandbox_upstream import SANDBOX
 from tests.contract.task_upstream import TASK
 from tests.contract.upstreams import Case
@@ -20,6 +21,7 @@ CASES = [
     FAL,
     OPENAI,
     OPENROUTER,
+    REPLICATE,
     SANDBOX,
     TASK,
 ]

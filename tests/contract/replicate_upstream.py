@@ -1,0 +1,110 @@
+"""The replicate adapter before a simulated Replicate."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from providers.kit.contract import Capabilities, FailureKind, Operation
+from providers.registry import PROVIDERS
+from tests.builders import an_account
+from tests.contract.upstreams import USUALLY_BILLED, Case, K, Upstream, tools
+from tests.simulators.replicate_server import (
+    KEY,
+    ReplicateSimulator,
+    serve_replicate_simulator,
+    throttled,
+)
+from tests.simulators.server import Fault
+
+MODEL = "openai/gpt-image-2"
+USUAL = {"model": MODEL, "width_px": 1024, "height_px": 1024}
+
+
+@asynccontextmanager
+async def replicate_upstream(
+    folder: Path, **options: object
+) -> AsyncGenerator[tuple[Upstream, ReplicateSimulator], None]:
+    async with serve_replicate_simulator() as simulator, tools(folder) as given:
+        account = an_account(base_url=simulator.base_url, secret=KEY, options=options)
+
+        def fail(kind: FailureKind) -> None:
+            simulator.script(REPLICATE_FAULTS[kind])
+
+        yield (
+            Upstream(
+                PROVIDERS["replicate"](account, given),
+                fail,
+                lambda: simulator.script(Fault(answer="stuck")),
+                lambda: simulator.billed,
+                given.spools,
+                USUAL,
+            ),
+            simulator,
+        )
+
+
+@asynccontextmanager
+async def connect_replicate(folder: Path) -> AsyncGenerator[Upstream, None]:
+    async with replicate_upstream(folder) as (upstream, _):
+        yield upstream
+
+
+def refused(status: int, title: str, detail: str) -> Fault:
+    return Fault(
+        status=status, body={"title": title, "detail": detail, "status": status}
+    )
+
+
+def failed(text: str) -> Fault:
+    """Let the prediction fail, with a text and nothing else to tell why."""
+    return Fault(answer="failed", body=text)
+
+
+REPLICATE_FAULTS = {
+    K.INVALID_REQUEST: failed(f"The input was invalid. {KEY} (E006)"),
+    K.CONTENT_POLICY: failed(f"Your request was rejected by the safety system. {KEY}"),
+    K.UNSUPPORTED: refused(404, "Not found", "The requested resource is not there."),
+    K.AUTH: refused(401, "Unauthenticated", f"This is no token: {KEY}"),
+    K.INSUFFICIENT_FUNDS: refused(
+        402, "Insufficient credit", "You have insufficient credit to run this model."
+    ),
+    K.RATE_LIMITED: throttled(30),
+    K.OVERLOADED: failed("Service is unavailable due to high demand. (E003)"),
+    K.BAD_GATEWAY: Fault(status=502, body=f"<html>{KEY}</html>"),
+    K.TIMEOUT: Fault(close="before_reply"),
+    K.NO_OUTPUT: Fault(answer="empty"),
+    K.RESULT_LOST: Fault(answer="dead_link"),
+}
+
+
+REPLICATE = Case(
+    "replicate",
+    connect_replicate,
+    USUALLY_BILLED,
+    Capabilities(
+        operations=frozenset(Operation),
+        n_max=10,
+        sizes=frozenset(
+            {
+                (1024, 1024),
+                (1536, 1024),
+                (1024, 1536),
+                (2048, 2048),
+                (2048, 1152),
+                (1152, 2048),
+                (3840, 2160),
+                (2160, 3840),
+            }
+        ),
+        qualities=frozenset({"auto", "low", "medium", "high"}),
+        backgrounds=frozenset({"opaque"}),
+        references_max=16,
+        cancel=True,
+    ),
+    secret=KEY,
+    model=MODEL,
+    size_px=(1536, 1024),
+    counts_tokens=False,
+)
