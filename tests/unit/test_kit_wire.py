@@ -230,19 +230,20 @@ async def test_without_time_left_nothing_is_sent() -> None:
 
 
 async def test_cancelling_passes_through_and_frees_the_connection() -> None:
-    gone = asyncio.Event()
+    asked, gone = asyncio.Event(), asyncio.Event()
 
     async def script(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        asked.set()
         await reader.read()
         gone.set()
 
     async with upstream(script) as url, wire() as one:
         call = asyncio.create_task(body_of(one, a_call(url)))
-        await asyncio.sleep(0.03)
+        await asyncio.wait_for(asked.wait(), 10)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-        await asyncio.wait_for(gone.wait(), 2)
+        await asyncio.wait_for(gone.wait(), 10)
 
 
 async def test_a_compressed_body_is_refused_not_unpacked() -> None:
