@@ -10,6 +10,7 @@ from gateway.core.breaker import Health, Outcome
 from gateway.core.events import Event
 from gateway.core.ledger import Balance, Settled
 from gateway.core.limits import RiskBook
+from gateway.core.pricing import CostSource
 from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
 from gateway.core.webhooks import Answer, Delivery, SigningKey
 from providers.kit.contract import Billed, MadeImage, Operation, Payload, Usage
@@ -110,7 +111,7 @@ class AttemptEnd:
     won: bool
     billed: Billed
     cost_nanousd: int
-    cost_source: str
+    cost_source: CostSource
     kind: str | None = None
     upstream_status: int | None = None
     upstream_code: str | None = None

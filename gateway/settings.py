@@ -38,6 +38,7 @@ from gateway.core.catalogue import (
     Variant,
 )
 from gateway.core.money import NANO
+from gateway.core.sizes import CLASS_MAX_PX
 from gateway.core.tokens import TABLE_QUALITIES
 from gateway.core.webhooks import TRIES_AFTER_S
 from providers.kit.contract import Account
@@ -64,7 +65,9 @@ PER_TOKENS = {"1K tokens": 1_000, "1M tokens": 1_000_000}
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_COST_ROW = re.compile(r"(?:[a-z]+|\*)/(?:[1-9]\d{1,4}x[1-9]\d{1,4}|auto|\*)")
+_COST_ROW = re.compile(
+    rf"(?:[a-z]+|\*)/(?:[1-9]\d{{1,4}}x[1-9]\d{{1,4}}|{'|'.join(CLASS_MAX_PX)}|auto|\*)"
+)
 _PIXELS = re.compile(r"([1-9]\d{1,4})x([1-9]\d{1,4})")
 _TOML_LINE = re.compile(
     r"^(?P<what>.*) \(at line (?P<line>\d+), column (?P<column>\d+)\)$"
@@ -857,14 +860,15 @@ def _read_cost(value: object, key: Key) -> CostCard:
     table = _read_card(value)
     per = table.get("per")
     if per in PER_TOKENS:
-        return PerToken(_token_price(table))
+        return PerToken(_token_price(table, "unit_usd"), _unit_nanousd(table))
     if per == "image":
         return _per_image(table)
     if per == "megapixel":
-        _only(table, ("usd",))
+        _only(table, ("usd", "unit_usd"))
         if "usd" not in table:
             raise _WrongValueError("is missing: USD per 1,000,000 pixels", "usd")
-        return PerMegapixel(_below("usd", _read_amount, table["usd"], key))
+        area_nanousd = _below("usd", _read_amount, table["usd"], key)
+        return PerMegapixel(area_nanousd, _unit_nanousd(table))
     raise _WrongValueError(
         f"must be one of {_quoted([*PER_TOKENS, 'image', 'megapixel'])}", "per"
     )
@@ -878,8 +882,15 @@ def _read_card(value: object) -> dict[str, object]:
     return value
 
 
-def _token_price(table: dict[str, object]) -> TokenPrice:
-    _only(table, TOKEN_CLASSES)
+def _unit_nanousd(table: dict[str, object]) -> int | None:
+    if "unit_usd" not in table:
+        return None
+    found: int = _below("unit_usd", _read_amount, table["unit_usd"])
+    return found
+
+
+def _token_price(table: dict[str, object], *more: str) -> TokenPrice:
+    _only(table, (*TOKEN_CLASSES, *more))
     missing = [name for name in TOKEN_CLASSES if name not in table]
     if missing:
         raise _WrongValueError(f"lacks a price for {', '.join(missing)}")
@@ -890,18 +901,20 @@ def _token_price(table: dict[str, object]) -> TokenPrice:
 
 
 def _per_image(table: dict[str, object]) -> PerImage:
-    _only(table, ("flat", "table"))
+    _only(table, ("flat", "table", "unit_usd"))
     rows = table.get("table", {})
     if not isinstance(rows, dict) or ("flat" not in table and not rows):
         raise _WrongValueError("needs flat (USD per image), a table of rows, or both")
     for row in rows:
         if not _COST_ROW.fullmatch(row) or row == "*/*":
             raise _WrongValueError(
-                "must be quality/WxH, quality/* or */WxH", _join("table", row)
+                "must be quality/WxH, quality/1K (or 2K, 4K), quality/*, */WxH or */1K",
+                _join("table", row),
             )
     return PerImage(
         flat=_below("flat", _read_amount, table["flat"]) if "flat" in table else None,
         table={r: _below(_join("table", r), _read_amount, v) for r, v in rows.items()},
+        unit_nanousd=_unit_nanousd(table),
     )
 
 
@@ -1346,13 +1359,15 @@ def _amount_schema(_: Key) -> dict[str, object]:
     return {"type": "number", "exclusiveMinimum": 0, "maximum": AMOUNT_MAX}
 
 
-def _card_schema(per: Collection[str], amounts: Collection[str]) -> dict[str, object]:
+def _card_schema(
+    per: Collection[str], amounts: Collection[str], optional: Collection[str] = ()
+) -> dict[str, object]:
     return {
         "type": "object",
         "additionalProperties": False,
         "properties": {
             "per": {"enum": list(per)},
-            **{name: _amount_schema(_ANY_KEY) for name in amounts},
+            **{name: _amount_schema(_ANY_KEY) for name in (*amounts, *optional)},
         },
         "required": ["per", *amounts],
     }
@@ -1363,6 +1378,7 @@ def _cost_schema(_: Key) -> dict[str, object]:
     by_image["properties"] = {
         "per": {"enum": ["image"]},
         "flat": _amount_schema(_ANY_KEY),
+        "unit_usd": _amount_schema(_ANY_KEY),
         "table": {
             "type": "object",
             "propertyNames": {"pattern": f"^{_COST_ROW.pattern}$"},
@@ -1372,9 +1388,9 @@ def _cost_schema(_: Key) -> dict[str, object]:
     by_image["anyOf"] = [{"required": ["flat"]}, {"required": ["table"]}]
     return {
         "oneOf": [
-            _card_schema(PER_TOKENS, TOKEN_CLASSES),
+            _card_schema(PER_TOKENS, TOKEN_CLASSES, ["unit_usd"]),
             by_image,
-            _card_schema(["megapixel"], ["usd"]),
+            _card_schema(["megapixel"], ["usd"], ["unit_usd"]),
         ]
     }
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from gateway.core import breaker
 from gateway.core.breaker import BreakerState, Effect, Flight, Health, Outcome, Record
 from gateway.core.events import BreakerChanged
+from gateway.core.ratios import believed
 from gateway.ports import Chance, Clock, Events, Permit
 from providers.kit.contract import FailureKind, Operation
 
@@ -156,7 +157,7 @@ class MemoryBoard:
             slots_free=_slots_free(credential, route, now_ms),
             in_flight=credential.in_flight,
             usual_ms=record.usual_ms,
-            cost_ratio=record.learned_ratio,
+            cost_ratios=believed(record.ratios, now_ms),
         )
 
     def _kept_honest(self, route: _Route, now_ms: int) -> Record:

@@ -8,9 +8,10 @@ Times are milliseconds of one monotonic clock.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from gateway.core.ratios import Ratios, Sample, learned
 from providers.kit.contract import FailureKind
 
 WINDOW_MS = 120_000
@@ -35,9 +36,6 @@ AUTH_OPEN_MS = 900_000
 FUNDS_OPEN_MS = 300_000
 SHRINK_SLOTS = 0.7
 USUAL_WEIGHT = 0.1
-RATIO_WEIGHT = 0.1
-RATIO_SAMPLES_MIN = 20
-RATIO_MIN, RATIO_MAX = 0.5, 2.0
 
 
 class BreakerState(Enum):
@@ -88,14 +86,13 @@ class Outcome:
     """How a call went. No ``kind`` means that it delivered.
 
     ``cancelled`` says that we gave up for reasons of our own: it tells nothing about
-    the upstream. The costs feed the learned ratio; None when unknown.
+    the upstream. ``sample`` feeds the learned ratio; None when it teaches nothing.
     """
 
     kind: FailureKind | None = None
     cancelled: bool = False
     retry_after_s: float | None = None
-    estimate_nanousd: int | None = None
-    actual_nanousd: int | None = None
+    sample: Sample | None = None
 
     @property
     def effect(self) -> Effect:
@@ -131,16 +128,8 @@ class Record:
     paused_until_ms: int = 0
     forced_at_ms: int | None = None
     usual_ms: float | None = None
-    ratio: float = 1.0
-    ratio_samples: int = 0
+    ratios: Ratios = ()
     reason: str = ""
-
-    @property
-    def learned_ratio(self) -> float:
-        """Actual cost over estimate, once enough was seen; between 0.5 and 2."""
-        if self.ratio_samples < RATIO_SAMPLES_MIN:
-            return 1.0
-        return min(RATIO_MAX, max(RATIO_MIN, self.ratio))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +137,8 @@ class Health:
     """What is known of an offer at this moment.
 
     ``slots_free`` is how many more calls it may take. ``retry_at_ms`` is when it may
-    be called again, for an offer that may not be called now.
+    be called again, for an offer that may not be called now. ``cost_ratios`` gives, in
+    millionths by tier, real cost over estimate where it is known.
     """
 
     state: BreakerState = BreakerState.CLOSED
@@ -157,7 +147,7 @@ class Health:
     slots_free: int = 1
     in_flight: int = 0
     usual_ms: float | None = None
-    cost_ratio: float = 1.0
+    cost_ratios: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def callable(self) -> bool:
@@ -302,13 +292,8 @@ def _after_good(
         last_good_started_ms=max(record.last_good_started_ms, flight.started_ms),
         usual_ms=_blend(record.usual_ms, took_ms, USUAL_WEIGHT),
     )
-    if outcome.estimate_nanousd and outcome.actual_nanousd is not None:
-        seen = outcome.actual_nanousd / outcome.estimate_nanousd
-        noted = replace(
-            noted,
-            ratio=_blend(record.ratio, seen, RATIO_WEIGHT),
-            ratio_samples=record.ratio_samples + 1,
-        )
+    if outcome.sample is not None:
+        noted = replace(noted, ratios=learned(record.ratios, outcome.sample, now_ms))
     if record.open_until_ms is None or not flight.probe:
         return noted
     if record.probes_good + 1 < PROBES_TO_CLOSE:

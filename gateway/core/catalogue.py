@@ -68,21 +68,28 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class PerToken:
-    """An upstream that charges by token, in nano-dollars."""
+    """An upstream that charges by token, in nano-dollars.
+
+    Here and in the other cards ``unit_nanousd`` is what one of the billable units
+    costs that the upstream counts for a finished job, None if it counts none.
+    """
 
     price: TokenPrice
+    unit_nanousd: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PerImage:
     """An upstream that charges by picture, in nano-dollars.
 
-    ``table`` is keyed ``quality/WxH``, ``quality/*`` or ``*/WxH``; ``flat`` is the
-    price of whatever the table does not name, None when that cannot be bought.
+    ``table`` is keyed by quality and size: ``low/1024x1024``, or by class ``low/1K``,
+    or ``low/*``; ``*`` may stand for the quality too. ``flat`` is the price of whatever
+    the table does not name, None when that cannot be bought.
     """
 
     flat: int | None = None
     table: Mapping[str, int] = field(default_factory=dict)
+    unit_nanousd: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,7 @@ class PerMegapixel:
     """An upstream that charges by area: nano-dollars per 1,000,000 pixels."""
 
     nanousd: int
+    unit_nanousd: int | None = None
 
 
 CostCard = PerToken | PerImage | PerMegapixel

@@ -7,6 +7,7 @@ cost is rounded up where it must be rounded at all.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from gateway.core.catalogue import (
     Offer,
@@ -18,10 +19,20 @@ from gateway.core.catalogue import (
 )
 from gateway.core.money import usd_from_credits
 from gateway.core.requests import ImageRequest
-from gateway.core.sizes import Size
+from gateway.core.sizes import AUTO_CLASS, Size, size_class
 from gateway.core.tokens import AUTO_SIZE, References, bound_usage, least_usage
+from providers.kit.contract import Done
 
 PIXELS_PER_MEGAPIXEL = 1_000_000
+MILLIONTHS = 1_000_000
+
+CostSource = Literal["usd", "units", "usage", "card", "estimate"]
+"""How it is known what an attempt cost, the best source first: money that the upstream
+names, units that it counts, tokens that it reports, the price card, and else the
+estimate made before the call."""
+COST_SOURCES: tuple[str, ...] = get_args(CostSource)
+REPORTED: frozenset[CostSource] = frozenset({"usd", "units", "usage"})
+"""What the upstream itself said; only that can teach how good estimates are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +109,40 @@ def offer_cost_nanousd(
     return None if each is None else each * n
 
 
+def real_cost(
+    offer: Offer, done: Done, *, card_nanousd: int | None, estimate_nanousd: int
+) -> tuple[int, CostSource]:
+    """Return what a finished job cost the operator, and how that is known.
+
+    Args:
+        offer: where it was bought.
+        done: what came of it.
+        card_nanousd: what the card says of the pictures that came; None if nothing.
+        estimate_nanousd: what was expected of the call, for want of anything better.
+
+    Returns:
+        nano-dollars, rounded up.
+    """
+    unit_nanousd = offer.cost.unit_nanousd
+    if done.cost_nanousd is not None:
+        return done.cost_nanousd, "usd"
+    if unit_nanousd is not None and done.units_millionths is not None:
+        return -(-done.units_millionths * unit_nanousd // MILLIONTHS), "units"
+    if isinstance(offer.cost, PerToken):
+        if done.usage is not None:
+            return offer.cost.price.total(done.usage), "usage"
+        return estimate_nanousd, "estimate"
+    if card_nanousd is not None:
+        return card_nanousd, "card"
+    return estimate_nanousd, "estimate"
+
+
 def _image_nanousd(card: PerImage, size: Size | None, quality: str) -> int | None:
-    pixels = size.text if size else "auto"
-    for row in (f"{quality}/{pixels}", f"{quality}/*", f"*/{pixels}"):
-        if row in card.table:
-            return card.table[row]
-    return card.flat
+    # The exact row first: a size before its class, a quality before any quality.
+    sizes = (size.text if size else AUTO_CLASS, size_class(size))
+    rows = [f"{quality}/{name}" for name in (*sizes, "*")]
+    rows += [f"*/{name}" for name in sizes]
+    return next((card.table[row] for row in rows if row in card.table), card.flat)
 
 
 def _quote(request: ImageRequest, each: Usage, nanocredits_per_usd: int) -> Quote:

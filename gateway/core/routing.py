@@ -11,10 +11,10 @@ from enum import Enum
 
 from gateway.core.breaker import BreakerState, Health
 from gateway.core.catalogue import Offer
+from gateway.core.ratios import RATIO_SCALE, adjusted, tier_of
 from providers.kit.contract import Capabilities, FailureKind, Operation
 
 ATTEMPTS_MAX = 3
-RATIO_SCALE = 1_000_000
 
 
 class Next(Enum):
@@ -179,12 +179,10 @@ def _judged(
     moment: Moment,
     tried: frozenset[str],
 ) -> Candidate:
-    adjusted = None
-    if cost_nanousd is not None:
-        ratio = round(health.cost_ratio * RATIO_SCALE)
-        adjusted = -(-cost_nanousd * ratio // RATIO_SCALE)
+    ratio = health.cost_ratios.get(tier_of(wish.quality, wish.size), RATIO_SCALE)
+    likely = None if cost_nanousd is None else adjusted(cost_nanousd, ratio)
     reason = cannot(offer.capabilities, wish)
-    if reason is None and adjusted is None:
+    if reason is None and likely is None:
         reason = "cost unknown for this size and quality"
     if reason is None and offer.id in tried:
         reason = "already tried"
@@ -196,7 +194,7 @@ def _judged(
     waits = reason is None and health.slots_free < 1
     return Candidate(
         offer,
-        adjusted,
+        likely,
         health.state,
         reason="no free slot" if waits else reason or "",
         retry_at_ms=health.retry_at_ms,

@@ -19,6 +19,9 @@ SHOWN_MAX_CHARS = 40
 
 TIER_BUDGETS_PX = {"1K": 1024 * 1024, "2K": 2048 * 2048, "4K": 3840 * 2160}
 DEFAULT_TIER = "1K"
+CLASS_MAX_PX = {"1K": 1_700_000, "2K": 4_400_000, "4K": AREA_MAX_PX}
+"""Up to which area a picture is of which class, as EvoLink draws the lines."""
+AUTO_CLASS = "auto"
 
 RATIOS = {
     "1:1": (1, 1),
@@ -127,6 +130,15 @@ def size_for_ratio(ratio_w: int, ratio_h: int, budget_px: int) -> Size:
             _floor_root(budget_px * ratio_h, ratio_w),
         )
     return size
+
+
+def size_class(size: tuple[int, int] | None) -> str:
+    """Name the class of a size: 1K, 2K, 4K, or auto where the model chooses."""
+    if size is None:
+        return AUTO_CLASS
+    area_px = size[0] * size[1]
+    fits = (name for name, most_px in CLASS_MAX_PX.items() if area_px <= most_px)
+    return next(fits, "4K")
 
 
 def parse_tier(resolution: object) -> str:

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field, replace
 
 from gateway.core import limits, routing
 from gateway.core.breaker import Outcome
-from gateway.core.catalogue import Offer, PerToken
+from gateway.core.catalogue import Offer
 from gateway.core.errors import GatewayError, ServiceUnavailableError
 from gateway.core.events import AttemptFinished
 from gateway.core.money import decimal_text
+from gateway.core.pricing import REPORTED, real_cost
+from gateway.core.ratios import Sample, tier_of
 from gateway.core.routing import Candidate, Decision, Moment, Next, Wish
 from gateway.core.tasks import AttemptState
 from gateway.ports import (
@@ -587,15 +589,12 @@ class _Call:
 
     def won(self, done: Done, now_ms: int) -> AttemptEnd:
         """Book what the pictures cost, from the best source there is."""
-        cost_nanousd, source = self.estimate_nanousd, "estimate"
-        if done.cost_nanousd is not None:
-            cost_nanousd, source = done.cost_nanousd, "usd"
-        elif isinstance(self.offer.cost, PerToken) and done.usage is not None:
-            cost_nanousd, source = self.offer.cost.price.total(done.usage), "usage"
-        elif not isinstance(self.offer.cost, PerToken):
-            made = len(done.images)
-            exact = self.order.cost_nanousd(self.offer, made)
-            cost_nanousd, source = exact or self.estimate_nanousd, "card"
+        cost_nanousd, source = real_cost(
+            self.offer,
+            done,
+            card_nanousd=self.order.cost_nanousd(self.offer, len(done.images)),
+            estimate_nanousd=self.estimate_nanousd,
+        )
         return AttemptEnd(
             task_id=self.job.task_id,
             seq=self.seq,
@@ -671,11 +670,15 @@ def _job_at(offer: Offer, job: ImageJob, n: int, seq: int) -> ImageJob:
 def _outcome_of(result: Lot | Failure, call: _Call) -> Outcome:
     if isinstance(result, Failure):
         return Outcome(kind=result.error.kind, retry_after_s=result.error.retry_after_s)
-    # Fewer pictures than asked for say nothing about the price of one.
-    return Outcome(
-        estimate_nanousd=None if result.short else call.estimate_nanousd,
-        actual_nanousd=result.end.cost_nanousd,
-    )
+    # Fewer pictures than asked for say nothing about the price of one, nor does a cost
+    # that was taken from the card.
+    if result.short or result.end.cost_source not in REPORTED:
+        return Outcome()
+    if not call.estimate_nanousd:
+        return Outcome()
+    wish = call.order.wish
+    tier = tier_of(wish.quality, wish.size)
+    return Outcome(sample=Sample(tier, call.estimate_nanousd, result.end.cost_nanousd))
 
 
 def decision_json(decision: Decision) -> str:

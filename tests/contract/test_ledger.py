@@ -305,6 +305,12 @@ PLANTED = {
         "task-1",
         "UPDATE tasks SET state = 'failed' WHERE id = 'task-1'",
     ),
+    "every cost has a source that is known": (
+        "task-1 #9",
+        """INSERT INTO cost_book (task_id, seq, upstream, variant, kind, source,
+            nanousd, unknown_outcome, created_ms)
+        VALUES ('task-1', 9, 'a', 'gpt-image-2', 'cost', 'guess', 7, 0, 1)""",
+    ),
 }
 """How each invariant is broken: (the subject the audit must name, the change)."""
 

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 
 from gateway.core.breaker import BreakerState
+from gateway.core.catalogue import Offer, PerImage
 from gateway.core.events import AttemptFinished
 from gateway.core.limits import REBUYS_ALWAYS, RetryBudget, RiskBook
+from gateway.core.ratios import SAMPLES_MIN
 from gateway.core.routing import NEXT_BY_KIND, Next
 from gateway.core.tasks import AttemptState
 from gateway.flows.dispatch import ANSWER_RESERVE_MS, ATTEMPT_MAX_MS, Purchase
@@ -26,7 +28,7 @@ from providers.kit.contract import (
     Usage,
 )
 from tests.fakes import ScriptedProvider, delivered
-from tests.flows.stories import CENT, DEADLINE_MS, Shop
+from tests.flows.stories import CENT, DEADLINE_MS, Shop, a_wish
 
 TRIED_ELSEWHERE = [kind for kind in FailureKind if NEXT_BY_KIND[kind] is not Next.NEVER]
 TRIED_NOWHERE_ELSE = [kind for kind in FailureKind if kind not in TRIED_ELSEWHERE]
@@ -433,3 +435,46 @@ async def test_a_cancelled_attempt_gives_its_slot_back_and_blames_nobody() -> No
     health = await shop.board.read(["only/gpt-image-2"], Operation.GENERATE)
     seen = health["only/gpt-image-2"]
     assert (seen.slots_free, seen.state) == (1, BreakerState.CLOSED)
+
+
+def by_the_unit(offer: Offer) -> Offer:
+    return replace(offer, cost=PerImage(flat=CENT, unit_nanousd=CENT // 10))
+
+
+async def test_units_that_an_upstream_counts_are_booked_at_their_price() -> None:
+    said = replace(delivered(), units_millionths=12_500_000)
+    shop = Shop({"fal": ScriptedProvider(said)})
+    shop.offers = tuple(map(by_the_unit, shop.offers))
+
+    purchase = await shop.buy()
+
+    end = purchase.lots[0].end
+    assert (end.cost_nanousd, end.cost_source) == (CENT * 5 // 4, "units")
+
+
+async def test_what_upstreams_really_charge_decides_who_is_cheapest() -> None:
+    # Both cards say a cent; one upstream counts two cents' worth of units.
+    greedy = ScriptedProvider(replace(delivered(), units_millionths=20_000_000))
+    honest = ScriptedProvider(replace(delivered(), units_millionths=11_000_000))
+    shop = Shop({"a-greedy": greedy, "b-honest": honest})
+    shop.offers = tuple(map(by_the_unit, shop.offers))
+
+    for _ in range(SAMPLES_MIN):
+        bought = await shop.buy()
+        assert bought.lots[0].offer.upstream == "a-greedy"
+    bought = await shop.buy()
+
+    assert bought.lots[0].offer.upstream == "b-honest"
+    other_tier = replace(shop.order(), wish=replace(a_wish(), quality="high"))
+    bought = await shop.dispatcher.buy(other_tier)
+    assert bought.lots[0].offer.upstream == "a-greedy"
+
+
+async def test_a_cost_that_only_the_card_says_teaches_nothing() -> None:
+    shop = Shop({"only": working()})
+    for _ in range(SAMPLES_MIN):
+        await shop.buy()
+
+    health = await shop.board.read(["only/gpt-image-2"], Operation.GENERATE)
+
+    assert health["only/gpt-image-2"].cost_ratios == {}

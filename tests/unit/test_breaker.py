@@ -20,6 +20,7 @@ from gateway.core.breaker import (
     state_of,
     trouble,
 )
+from gateway.core.ratios import Sample, believed
 from providers.kit.contract import FailureKind
 
 NOW_MS = 1_000_000
@@ -170,17 +171,13 @@ def test_a_pause_is_as_long_as_asked_but_five_minutes_at_most() -> None:
     assert rest_ms(None) == 5_000
 
 
-def test_the_cost_ratio_is_believed_only_after_twenty_calls() -> None:
-    dearer = Outcome(estimate_nanousd=100, actual_nanousd=150)
+def test_what_a_call_cost_is_remembered_by_tier() -> None:
+    dearer = Outcome(sample=Sample("low/1K", 100, 150))
 
-    assert after(Record(), *[dearer] * 19).learned_ratio == 1.0
-    assert 1.4 < after(Record(), *[dearer] * 20).learned_ratio < 1.5
+    record = after(Record(), *[dearer] * 20, GOOD, BAD)
 
-
-def test_the_cost_ratio_is_kept_within_bounds() -> None:
-    absurd = Outcome(estimate_nanousd=1, actual_nanousd=1_000_000)
-
-    assert after(Record(), *[absurd] * 30).learned_ratio == 2.0
+    assert list(believed(record.ratios, NOW_MS)) == ["low/1K"]
+    assert 1_400_000 < believed(record.ratios, NOW_MS)["low/1K"] < 1_500_000
 
 
 @given(

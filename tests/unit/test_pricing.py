@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,14 +22,24 @@ from gateway.core.catalogue import (
 )
 from gateway.core.money import NANO, decimal_text
 from gateway.core.pricing import (
+    COST_SOURCES,
     charge_nanocredits,
     estimate,
     hold_nanocredits,
     offer_cost_nanousd,
+    real_cost,
 )
 from gateway.core.requests import ImageRequest
-from gateway.core.sizes import RATIOS, TIER_BUDGETS_PX, Size, resolve_size
+from gateway.core.sizes import (
+    RATIOS,
+    TIER_BUDGETS_PX,
+    Size,
+    resolve_size,
+    size_class,
+)
 from gateway.settings import load_settings
+from providers.kit.contract import Done
+from tests.fakes import a_picture
 
 SETTINGS = load_settings(None, {}, kinds={"sandbox", "openai"})
 GPT_2 = SETTINGS.variants["gpt-image-2"]
@@ -160,6 +172,48 @@ def test_a_table_is_read_from_the_exact_row_to_the_general_one(
     assert offer_cost_nanousd(offer, Usage(), size, quality, 2) == (cost and 2 * cost)
 
 
+def test_a_class_of_sizes_prices_what_no_row_names_by_its_pixels() -> None:
+    rows = {"low/1024x1024": 6, "low/1K": 7, "low/*": 9, "*/2048x2048": 20, "*/2K": 22}
+    offer = an_offer(PerImage(table={**rows, "*/4K": 44}))
+
+    def price(size: Size | None, quality: str) -> int | None:
+        return offer_cost_nanousd(offer, Usage(), size, quality, 1)
+
+    assert price(SQUARE, "low") == 6
+    assert price(Size(1360, 768), "low") == 7
+    assert price(Size(3840, 2160), "low") == 9
+    assert price(Size(2048, 2048), "high") == 20
+    assert price(Size(2736, 1536), "high") == 22
+    assert price(Size(2880, 2880), "high") == 44
+    assert price(SQUARE, "high") is None
+    assert price(None, "high") is None
+
+
+@pytest.mark.parametrize(
+    ("size", "named"),
+    [
+        (None, "auto"),
+        (Size(1536, 1024), "1K"),
+        (Size(1700, 1000), "1K"),
+        (Size(1701, 1000), "2K"),
+        (Size(2736, 1536), "2K"),
+        (Size(2200, 2000), "2K"),
+        (Size(2201, 2000), "4K"),
+        (Size(3840, 2160), "4K"),
+        (Size(9999, 9999), "4K"),
+    ],
+)
+def test_sizes_fall_into_three_classes(size: Size | None, named: str) -> None:
+    assert size_class(size) == named
+
+
+@pytest.mark.parametrize("tier", TIER_BUDGETS_PX)
+def test_every_ratio_of_a_tier_is_of_its_class(tier: str) -> None:
+    sizes = {resolve_size(ratio, tier, GPT_2.token_rule) for ratio in RATIOS}
+
+    assert {size_class(size) for size in sizes} == {tier}
+
+
 def test_a_flat_price_is_for_what_the_table_does_not_name() -> None:
     offer = an_offer(PerImage(flat=40, table={"low/*": 7}))
 
@@ -173,6 +227,67 @@ def test_a_megapixel_price_is_rounded_up_for_each_picture() -> None:
     assert offer_cost_nanousd(offer, Usage(), SQUARE, "low", 1) == 2
     assert offer_cost_nanousd(offer, Usage(), SQUARE, "low", 3) == 6
     assert offer_cost_nanousd(offer, Usage(), None, "low", 1) == 5
+
+
+def a_job(**said: Any) -> Done:
+    return Done((a_picture(),), **({"usage": None} | said))
+
+
+TOKEN_PRICE = TokenPrice(5000, 1250, 8000, 2000, 30_000)
+REPORTED_USAGE = Usage(text_input=1, image_output=196)
+
+
+@pytest.mark.parametrize(
+    ("card", "said", "cost", "source"),
+    [
+        (PerToken(TOKEN_PRICE, 10), {"cost_nanousd": 0}, 0, "usd"),
+        (PerToken(TOKEN_PRICE), {"cost_nanousd": 3}, 3, "usd"),
+        (PerImage(7, unit_nanousd=10), {"cost_nanousd": 3}, 3, "usd"),
+        (PerImage(7, unit_nanousd=10), {"units_millionths": 1_500_001}, 16, "units"),
+        (PerImage(7, unit_nanousd=10), {"units_millionths": 0}, 0, "units"),
+        (PerMegapixel(7, 10), {"units_millionths": 2_000_000}, 20, "units"),
+        (
+            PerToken(TOKEN_PRICE, 10),
+            {"units_millionths": 1, "usage": REPORTED_USAGE},
+            1,
+            "units",
+        ),
+        (PerToken(TOKEN_PRICE), {"usage": REPORTED_USAGE}, 5_885_000, "usage"),
+        (PerToken(TOKEN_PRICE, 10), {"usage": REPORTED_USAGE}, 5_885_000, "usage"),
+        (PerToken(TOKEN_PRICE), {"units_millionths": 5}, 99, "estimate"),
+        (PerImage(7), {"units_millionths": 5, "usage": REPORTED_USAGE}, 7, "card"),
+        (PerMegapixel(7), {}, 7, "card"),
+    ],
+)
+def test_what_it_cost_comes_from_the_best_source_there_is(
+    card: CostCard, said: dict[str, Any], cost: int, source: str
+) -> None:
+    found = real_cost(
+        an_offer(card), a_job(**said), card_nanousd=7, estimate_nanousd=99
+    )
+
+    assert found == (cost, source)
+    assert source in COST_SOURCES
+
+
+def test_a_card_that_says_nothing_of_what_was_made_leaves_the_estimate() -> None:
+    offer = an_offer(PerImage(table={"low/1K": 1}))
+
+    found = real_cost(offer, a_job(), card_nanousd=None, estimate_nanousd=99)
+
+    assert found == (99, "estimate")
+
+
+@given(st.integers(0, 10**12), st.integers(1, 10**15))
+def test_units_are_rounded_up_to_a_whole_nano_and_never_by_more(
+    units_millionths: int, unit_nanousd: int
+) -> None:
+    offer = an_offer(PerImage(flat=1, unit_nanousd=unit_nanousd))
+    done = a_job(units_millionths=units_millionths)
+
+    cost, _ = real_cost(offer, done, card_nanousd=1, estimate_nanousd=1)
+
+    assert 0 <= cost - Fraction(units_millionths * unit_nanousd, 10**6) < 1
 
 
 AMOUNTS = st.integers(1, 10**15)

@@ -73,7 +73,8 @@ def test_of_two_equal_ones_the_less_busy_goes_first_then_the_name_decides() -> N
 
 def test_what_was_learned_of_real_costs_changes_the_order() -> None:
     priced = [(offer("says-cheap"), 100), (offer("honest"), 120)]
-    health = {"says-cheap/gpt-image-2": Health(cost_ratio=1.5)}
+    ratios = {"low/1K": 1_500_000, "high/1K": 500_000, "low/2K": 500_000}
+    health = {"says-cheap/gpt-image-2": Health(cost_ratios=ratios)}
 
     decision = decide(WISH, priced, health, NOW)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -544,15 +545,35 @@ def test_a_cost_is_read_as_an_exact_decimal(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_cost_is_read(tmp_path: Path) -> None:
-    rows = '"low/1024x1024" = 0.006, "high/*" = 0.2, "*/auto" = 1'
+    rows = '"low/1024x1024" = 0.006, "high/*" = 0.2, "*/auto" = 1, "*/4K" = 2'
 
     assert cost_of(tmp_path, '{ per = "image", flat = 0.04 }') == PerImage(40_000_000)
     assert cost_of(tmp_path, f'{{ per = "image", table = {{ {rows} }} }}') == PerImage(
-        table={"low/1024x1024": 6_000_000, "high/*": 200_000_000, "*/auto": NANO}
+        table={
+            "low/1024x1024": 6_000_000,
+            "high/*": 200_000_000,
+            "*/auto": NANO,
+            "*/4K": 2 * NANO,
+        }
     )
     assert cost_of(tmp_path, '{ per = "megapixel", usd = 0.000000001 }') == (
         PerMegapixel(1)
     )
+
+
+@pytest.mark.parametrize(
+    "rest",
+    ['per = "image", flat = 0.04', 'per = "megapixel", usd = 0.02', TOKENS],
+)
+def test_every_kind_of_cost_may_say_what_a_billable_unit_costs(
+    tmp_path: Path, rest: str
+) -> None:
+    plain = cost_of(tmp_path, f"{{ {rest} }}")
+    cost = cost_of(tmp_path, f"{{ {rest}, unit_usd = 0.000000001 }}")
+
+    assert isinstance(plain, PerToken | PerImage | PerMegapixel)
+    assert plain.unit_nanousd is None
+    assert cost == replace(plain, unit_nanousd=1)
 
 
 @pytest.mark.parametrize(
@@ -588,6 +609,12 @@ def test_every_kind_of_cost_is_read(tmp_path: Path) -> None:
             '{ per = "image", table = { "a/*" = 0 } }',
             'cost.table."a/*": must be greater',
         ),
+        (
+            '{ per = "image", table = { "low/3K" = 1 } }',
+            'cost.table."low/3K": must be quality',
+        ),
+        ('{ per = "image", flat = 1, unit_usd = 0 }', "cost.unit_usd: must be greater"),
+        ('{ per = "image", unit_usd = 1 }', "cost: needs flat (USD per image)"),
         ('{ per = "megapixel" }', "cost.usd: is missing"),
         (
             '{ per = "1M tokens", text_input = 5 }',

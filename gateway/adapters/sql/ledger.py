@@ -16,6 +16,7 @@ from gateway.core.ledger import (
     tenant_account,
 )
 from gateway.core.money import NANO_MAX, decimal_text
+from gateway.core.pricing import COST_SOURCES
 from gateway.ports import AuditReport, Drift
 
 GRANT = "grant"
@@ -308,6 +309,12 @@ CHECKS = (
         "a failed task costs nothing",
         """SELECT t.id, 0, s.due FROM tasks t JOIN settlements s ON s.task_id = t.id
         WHERE t.state = 'failed' AND s.due <> 0""",
+    ),
+    Check(
+        "every cost has a source that is known",
+        """SELECT task_id || ' #' || seq, 0, nanousd FROM cost_book
+        WHERE source NOT IN ($1, $2, $3, $4, $5)""",
+        COST_SOURCES,
     ),
 )
 
