@@ -67,7 +67,7 @@ from gateway.core.idempotency import KEY_KEPT_MS
 from gateway.core.pricing import offer_cost_nanousd
 from gateway.core.requests import parse_generation
 from gateway.core.routing import Moment, decide
-from gateway.core.tokens import bound_usage
+from gateway.core.tokens import expected_usage
 from gateway.core.webhooks import CallbackRules, Delivery
 from gateway.flows.dispatch import Dispatcher, candidate_facts
 from gateway.flows.files import FetchFile, Files
@@ -600,6 +600,11 @@ def checked_catalogue(settings: Settings) -> Catalogue:
     return catalogue
 
 
+def warnings_of(settings: Settings) -> tuple[str, ...]:
+    """Tell all that an operator should look at, as of today."""
+    return settings.warnings + settings.aging(_today(SystemClock()))
+
+
 def estimated(settings: Settings, body: object) -> dict[str, object]:
     """Price a request body, as ``POST /v1/estimate`` does."""
     catalogue = Catalogue(variants=settings.variants, offers={})
@@ -610,7 +615,7 @@ def route_of(settings: Settings, body: object) -> list[dict[str, object]]:
     """Tell where a fresh gateway would send a request body."""
     catalogue = checked_catalogue(settings)
     request = parse_generation(body, catalogue, prompt_optional=True)
-    each = bound_usage(request)
+    each = expected_usage(request)
     priced = [
         (
             offer,

@@ -84,10 +84,15 @@ async def _serve(settings: Settings) -> None:
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         url = settings.server.public_url or f"http://{shown}:{port}"
-        await app.serve(gateway, listening, lambda: _greet(settings, url, first_key))
+        warnings = app.warnings_of(settings)
+        await app.serve(
+            gateway, listening, lambda: _greet(settings, url, warnings, first_key)
+        )
 
 
-def _greet(settings: Settings, url: str, secret: str | None) -> None:
+def _greet(
+    settings: Settings, url: str, warnings: tuple[str, ...], secret: str | None
+) -> None:
     click.echo(f"imageway runs at {url}  (stop it with Ctrl-C)")
     click.echo(f"  OpenAI base URL  {url}/v1")
     click.echo(f"  data             {settings.storage.data_dir.resolve()}")
@@ -95,7 +100,7 @@ def _greet(settings: Settings, url: str, secret: str | None) -> None:
     click.echo(f"  upstreams        {names}")
     for left in settings.left_out:
         click.echo(f"  left out         {left.upstream}: {left.reason}")
-    for warning in settings.warnings:
+    for warning in warnings:
         click.echo(f"  warning          {warning}")
     if settings.server.admin_key is None:
         click.echo("  admin routes     off: set IMAGEWAY_ADMIN_KEY to turn them on")
@@ -132,9 +137,10 @@ def check(config: Path | None, data_dir: Path | None, *, schema: bool) -> None:
         from gateway import app
 
         offers = sum(map(len, app.checked_catalogue(settings).offers.values()))
+        warnings = app.warnings_of(settings)
     for left in settings.left_out:
         click.echo(f"left out: {left.upstream}: {left.reason}")
-    for warning in settings.warnings:
+    for warning in warnings:
         click.echo(f"warning: {warning}")
     click.echo(f"ok: {len(settings.upstreams)} upstreams, {offers} offers")
 

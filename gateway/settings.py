@@ -53,6 +53,9 @@ AMOUNT_MAX = 1_000_000
 DECIMAL_PLACES_MAX = 15
 PORT_MAX = 65_535
 NUMBERS_MAX = 10
+CARD_FRESH_DAYS = 180
+"""A price card is warned of when the month it is of began longer ago."""
+SUNSET_WARNED_DAYS = 30
 TOKEN_CLASSES = (
     "text_input",
     "text_cached",
@@ -68,6 +71,7 @@ _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _COST_ROW = re.compile(
     rf"(?:[a-z]+|\*)/(?:[1-9]\d{{1,4}}x[1-9]\d{{1,4}}|{'|'.join(CLASS_MAX_PX)}|auto|\*)"
 )
+_MONTH = re.compile(r"20\d\d-(?:0[1-9]|1[0-2])")
 _PIXELS = re.compile(r"([1-9]\d{1,4})x([1-9]\d{1,4})")
 _TOML_LINE = re.compile(
     r"^(?P<what>.*) \(at line (?P<line>\d+), column (?P<column>\d+)\)$"
@@ -149,8 +153,23 @@ class Overrides:
 
 
 @dataclass(frozen=True, slots=True)
+class PriceCard:
+    """What a provider charges for a variant, by public sources, and until when."""
+
+    cost: CostCard
+    as_of: str
+    source: str
+    sunset_on: str | None
+    successor: str
+
+
+@dataclass(frozen=True, slots=True)
 class OfferSettings:
-    """One variant at one upstream that is in use, before its adapter was asked."""
+    """One variant at one upstream that is in use, before its adapter was asked.
+
+    ``card`` names the price card that the cost is from, and ``as_of`` its month; both
+    are empty where the offer says the cost itself.
+    """
 
     upstream: str
     variant: str
@@ -159,6 +178,9 @@ class OfferSettings:
     failure_domain: str
     sunset_on: str | None
     overrides: Overrides
+    card: str = ""
+    as_of: str = ""
+    successor: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +201,8 @@ class Settings:
     webhooks: WebhookSettings
     nanocredits_per_usd: int
     variants: Mapping[str, Variant]
+    cards: Mapping[str, Mapping[str, PriceCard]]
+    """Price cards by name, by the variant that they are of."""
     upstreams: tuple[UpstreamSettings, ...]
     offers: tuple[OfferSettings, ...]
     left_out: tuple[LeftOut, ...]
@@ -207,6 +231,44 @@ class Settings:
                 ),
             )
         return Catalogue(variants=self.variants, offers=offers)
+
+    def aging(self, today: str) -> tuple[str, ...]:
+        """Tell which prices have grown old and which offers end, as of a day."""
+        day = date.fromisoformat(today)
+        return tuple(
+            dict.fromkeys(
+                warning
+                for offer in self.offers
+                for warning in (_old_price(offer, day), _near_end(offer, day))
+                if warning
+            )
+        )
+
+
+def _old_price(offer: OfferSettings, today: date) -> str:
+    if not offer.as_of:
+        return ""
+    age = today - date.fromisoformat(f"{offer.as_of}-01")
+    if age.days <= CARD_FRESH_DAYS:
+        return ""
+    return (
+        f"the price card {offer.card} of {offer.variant} is of {offer.as_of}, over "
+        f"{CARD_FRESH_DAYS} days ago: compare it with what the provider charges now"
+    )
+
+
+def _near_end(offer: OfferSettings, today: date) -> str:
+    if offer.sunset_on is None:
+        return ""
+    days = (date.fromisoformat(offer.sunset_on) - today).days
+    if days > SUNSET_WARNED_DAYS:
+        return ""
+    what = f"{offer.upstream}/{offer.variant}"
+    then = f"; {offer.successor} is to follow" if offer.successor else ""
+    if days > 0:
+        left = "tomorrow" if days == 1 else f"in {days} days"
+        return f"{what} ends on {offer.sunset_on}, {left}{then}"
+    return f"{what} ended on {offer.sunset_on} and is never used{then}"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -241,6 +303,7 @@ class Kind(Enum):
     AMOUNT = "amount"
     FLAG = "flag"
     DATE = "date"
+    MONTH = "month"
     HTTP_URL = "http_url"
     REFERENCE = "reference"
     LOCATOR = "locator"
@@ -279,8 +342,10 @@ class Key:
 OFFER_KEYS: tuple[Key, ...] = (
     Key("variant", Kind.TEXT, "Name of the variant, as in catalogue.toml."),
     Key("model", Kind.TEXT, "Id of the model at the upstream."),
-    Key("cost", Kind.COST, "What the upstream charges, in USD."),
+    Key("cost", Kind.COST, "What the upstream charges, in USD.", _NOTHING),
+    Key("card", Kind.TEXT, "Price card of the variant, in place of cost.", ""),
     Key("sunset", Kind.DATE, "Day from which the upstream stops serving it.", None),
+    Key("successor", Kind.TEXT, "The variant to offer there instead.", ""),
     Key(
         "operations",
         Kind.TEXTS,
@@ -402,6 +467,15 @@ GATEWAY_KEYS: tuple[Key, ...] = (
     Key("upstream", Kind.TABLES, "Accounts at providers.", keys=UPSTREAM_KEYS),
 )
 
+CARD_KEYS: tuple[Key, ...] = (
+    Key("name", Kind.SLUG, "What offers call it: the provider."),
+    Key("cost", Kind.COST, "What the provider charges, in USD."),
+    Key("as_of", Kind.MONTH, 'Month that the figures are of, such as "2026-11".'),
+    Key("source", Kind.TEXT, "Where the figures are from."),
+    Key("sunset", Kind.DATE, "Day from which the provider stops serving it.", None),
+    Key("successor", Kind.TEXT, "The variant to offer there instead.", ""),
+)
+
 VARIANT_KEYS: tuple[Key, ...] = (
     Key("name", Kind.SLUG, "What clients ask for."),
     Key("aliases", Kind.TEXTS, "Other names of it.", ()),
@@ -428,6 +502,7 @@ VARIANT_KEYS: tuple[Key, ...] = (
     Key("shutdown", Kind.DATE, "Day its maker ends it.", None),
     Key("successor", Kind.TEXT, "The variant to use instead.", ""),
     Key("retired", Kind.FLAG, "Answer 404, name the successor.", default=False),
+    Key("card", Kind.TABLES, "What providers charge for it.", (), keys=CARD_KEYS),
 )
 
 CATALOGUE_KEYS: tuple[Key, ...] = (
@@ -476,14 +551,16 @@ def load_settings(
         problems=desk.problems,
     )
     variant_tree = _read_file(catalogue_path, shelf)
-    variants = {}
+    variants: Mapping[str, Variant] = {}
+    cards: _Cards = {}
     if variant_tree is not None:
-        variants = _variants(_table(variant_tree, CATALOGUE_KEYS, "", shelf), shelf)
+        listed = _table(variant_tree, CATALOGUE_KEYS, "", shelf)
+        variants, cards = _variants(listed, shelf), _cards(listed, shelf)
     if tree is None:
         raise ConfigError(desk.problems)
 
     values = _table(tree, GATEWAY_KEYS, "", desk)
-    settings = _settings(values, variants or None, kinds, desk)
+    settings = _settings(values, variants or None, cards, kinds, desk)
     if settings is None or desk.problems:
         raise ConfigError(desk.problems)
     return replace(settings, files=(path, catalogue_path))
@@ -735,6 +812,12 @@ def _read_date(value: object, _key: Key) -> str:
     return value.isoformat()
 
 
+def _read_month(value: object, _key: Key) -> str:
+    if not isinstance(value, str) or not _MONTH.fullmatch(value):
+        raise _WrongValueError('must be a month in quotes, such as "2026-11"')
+    return value
+
+
 def _read_http_url(value: object, key: Key) -> str:
     text = _read_text(value, key)
     try:
@@ -964,6 +1047,7 @@ _READERS: Mapping[Kind, _Reader] = {
     Kind.AMOUNT: _read_amount,
     Kind.FLAG: _read_flag,
     Kind.DATE: _read_date,
+    Kind.MONTH: _read_month,
     Kind.HTTP_URL: _read_http_url,
     Kind.REFERENCE: _read_reference,
     Kind.LOCATOR: _read_locator,
@@ -1034,6 +1118,30 @@ def _variant(row: _Values) -> Variant:
     )
 
 
+_Cards = Mapping[str, Mapping[str, PriceCard]]
+
+
+def _cards(values: _Values, desk: _Desk) -> _Cards:
+    names = {row["name"] for row in values["variant"]}
+    cards: dict[str, dict[str, PriceCard]] = {}
+    for place, row in enumerate(values["variant"]):
+        shelf = cards.setdefault(row["name"], {})
+        for index, card in enumerate(row["card"]):
+            path = f"variant[{place}].card[{index}]"
+            if card["name"] in shelf:
+                desk.wrong(f"{path}.name", f"{card['name']} is already a card of it")
+            if card["successor"] and card["successor"] not in names - {row["name"]}:
+                desk.wrong(f"{path}.successor", "names no other variant")
+            shelf[card["name"]] = PriceCard(
+                cost=card["cost"],
+                as_of=card["as_of"],
+                source=card["source"],
+                sunset_on=card["sunset"],
+                successor=card["successor"],
+            )
+    return cards
+
+
 def _midnight_s(day: date) -> int:
     return int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp())
 
@@ -1044,6 +1152,7 @@ def _midnight_s(day: date) -> int:
 def _settings(
     values: _Values,
     variants: Mapping[str, Variant] | None,
+    cards: _Cards,
     kinds: Collection[str] | None,
     desk: _Desk,
 ) -> Settings | None:
@@ -1054,7 +1163,7 @@ def _settings(
     rows = [(f"upstream[{i}]", row) for i, row in enumerate(values["upstream"])]
     for path, row in rows:
         _check_upstream(path, row, rows, kinds, desk)
-        _check_offers(path, row, variants, desk)
+        _check_offers(path, row, variants, cards, desk)
     server, storage = _server(values, desk), _storage(values, desk)
     inputs, webhooks = _inputs(values, desk), _webhooks(values, desk)
     active, left_out = _active(rows, desk)
@@ -1066,7 +1175,16 @@ def _settings(
     assert inputs is not None
     assert webhooks is not None
     upstreams = tuple(_upstream(row, secret) for row, secret in active)
-    offers = tuple(_offer(row, offer) for row, _ in active for offer in row["offer"])
+    offers = tuple(
+        _offer(
+            row,
+            offer,
+            cards.get(offer["variant"], {}).get(offer["card"]),
+            (variants or {})[offer["variant"]].successor,
+        )
+        for row, _ in active
+        for offer in row["offer"]
+    )
     return Settings(
         server=server,
         storage=storage,
@@ -1074,6 +1192,7 @@ def _settings(
         webhooks=webhooks,
         nanocredits_per_usd=values["credits"]["per_usd"],
         variants=variants or {},
+        cards=cards,
         upstreams=upstreams,
         offers=offers,
         left_out=left_out,
@@ -1115,18 +1234,45 @@ def _check_kind(
 
 
 def _check_offers(
-    path: str, row: _Values, variants: Mapping[str, Variant] | None, desk: _Desk
+    path: str,
+    row: _Values,
+    variants: Mapping[str, Variant] | None,
+    cards: _Cards,
+    desk: _Desk,
 ) -> None:
     seen: dict[str, str] = {}
     for index, offer in enumerate(row["offer"]):
         name, where = offer["variant"], f"{path}.offer[{index}]"
+        if offer["cost"] is _NOTHING and offer["card"] == "":
+            desk.wrong(f"{where}.cost", "is missing, and so is card: one must be there")
         if name is None:
             continue
-        if variants is not None and name not in variants:
-            desk.wrong(f"{where}.variant", _unknown(name, variants))
+        if variants is not None:
+            _check_names(where, offer, variants, cards, desk)
         if name in seen:
             desk.wrong(f"{where}.variant", f"{name} is already offered at {seen[name]}")
         seen.setdefault(name, where)
+
+
+def _check_names(
+    where: str,
+    offer: _Values,
+    variants: Mapping[str, Variant],
+    cards: _Cards,
+    desk: _Desk,
+) -> None:
+    name = offer["variant"]
+    if name not in variants:
+        desk.wrong(f"{where}.variant", _unknown(name, variants))
+        return
+    known = cards.get(name, {})
+    if offer["card"] and offer["card"] not in known:
+        has = ", ".join(sorted(known)) or "none"
+        desk.wrong(
+            f"{where}.card", f"{offer['card']} does not exist; cards of {name}: {has}"
+        )
+    if offer["successor"] and offer["successor"] not in variants.keys() - {name}:
+        desk.wrong(f"{where}.successor", "names no other variant")
 
 
 def _unknown(name: str, known: Collection[str]) -> str:
@@ -1275,14 +1421,23 @@ def _upstream(row: _Values, secret: str) -> UpstreamSettings:
     )
 
 
-def _offer(row: _Values, offer: _Values) -> OfferSettings:
+def _offer(
+    row: _Values, offer: _Values, card: PriceCard | None, successor: str | None
+) -> OfferSettings:
+    # The offer's own word wins, key by key.
+    priced_by = None if offer["cost"] else card
     return OfferSettings(
         upstream=row["name"],
         variant=offer["variant"],
         model=offer["model"],
-        cost=offer["cost"],
+        cost=priced_by.cost if priced_by else offer["cost"],
         failure_domain=row["failure_domain"] or row["name"],
-        sunset_on=offer["sunset"],
+        sunset_on=offer["sunset"] or (card.sunset_on if card else None),
+        card=offer["card"] if priced_by else "",
+        as_of=priced_by.as_of if priced_by else "",
+        successor=offer["successor"]
+        or (card.successor if card else "")
+        or (successor or ""),
         overrides=Overrides(
             operations=_set(offer["operations"], Operation),
             n_max=offer["n_max"],
@@ -1402,6 +1557,7 @@ _SCHEMAS: Mapping[Kind, Callable[[Key], dict[str, object]]] = {
     Kind.AMOUNT: _amount_schema,
     Kind.FLAG: lambda _: {"type": "boolean"},
     Kind.DATE: lambda _: {"type": "string", "format": "date"},
+    Kind.MONTH: lambda _: {"type": "string", "pattern": f"^{_MONTH.pattern}$"},
     Kind.HTTP_URL: lambda _: {"type": "string", "pattern": "^(https?://.*)?$"},
     Kind.REFERENCE: lambda _: {"type": "string", "pattern": "^((env|file):.+)?$"},
     Kind.LOCATOR: _text_schema,

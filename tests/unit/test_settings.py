@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gateway.core.catalogue import Operation, PerImage, PerMegapixel, PerToken
+from gateway.core.catalogue import (
+    Offer,
+    Operation,
+    PerImage,
+    PerMegapixel,
+    PerToken,
+)
 from gateway.core.money import NANO
+from gateway.core.pricing import offer_cost_nanousd
+from gateway.core.requests import ImageRequest
+from gateway.core.sizes import Size
+from gateway.core.tokens import expected_usage
 from gateway.settings import (
     CATALOGUE_KEYS,
     GATEWAY_KEYS,
@@ -144,6 +156,121 @@ def test_the_tenants_price_is_nine_tenths_of_openais_list() -> None:
         for name in price.__slots__:
             listed = getattr(offer.cost.price, name)
             assert getattr(price, name) * 10 == listed * 9 * 68, (offer, name)
+
+
+def test_every_offer_of_openai_is_priced_by_a_dated_card() -> None:
+    settings = load_settings(None, {"OPENAI_API_KEY": "sk-test"}, kinds=KINDS)
+
+    for offer in settings.offers:
+        assert (offer.card, offer.as_of) == ("openai", "2026-11")
+        assert offer.cost == settings.cards[offer.variant]["openai"].cost
+
+
+def test_every_card_that_is_shipped_has_its_providers_lifecycle() -> None:
+    cards = load_settings(None, {}, kinds=KINDS).cards
+
+    assert {
+        (variant, name): card.sunset_on
+        for variant, shelf in cards.items()
+        for name, card in shelf.items()
+    } == {
+        ("gpt-image-2", "openai"): None,
+        ("gpt-image-2", "azure"): "2027-10-21",
+        ("gpt-image-2", "fal"): None,
+        ("gpt-image-2", "evolink"): None,
+        ("gpt-image-2.5-flare", "openai"): None,
+        ("gpt-image-2.5-flare", "azure"): "2027-09-09",
+        ("gpt-image-2.5-flare", "fal"): None,
+        ("gpt-image-2.5-flare", "evolink"): None,
+        ("gpt-image-2.5-sunburst", "openai"): None,
+        ("gpt-image-2.5-sunburst", "azure"): "2027-09-09",
+        ("gpt-image-2.5-sunburst", "fal"): None,
+        ("gpt-image-2.5-sunburst", "evolink"): None,
+        ("gpt-image-1.5", "openai"): "2026-12-01",
+        ("gpt-image-1.5", "azure"): "2026-12-16",
+        ("gpt-image-1-mini", "openai"): "2026-12-01",
+        ("gpt-image-1-mini", "azure"): "2027-04-07",
+    }
+    assert cards["gpt-image-1.5"]["azure"].successor == "gpt-image-2"
+
+
+FAL_USD = {
+    "1024x768": (".005 .037 .145", ".011 .043 .151"),
+    "1024x1024": (".006 .053 .211", ".015 .061 .219"),
+    "1024x1536": (".005 .042 .165", ".018 .054 .178"),
+    "1920x1080": (".005 .040 .158", ".017 .053 .158"),
+    "2560x1440": (".007 .056 .222", ".019 .068 .234"),
+    "3840x2160": (".012 .101 .401", ".024 .113 .413"),
+}
+"""What fal publishes for gpt-image-2: low, medium, high; made, and edited from one."""
+FAL_ROUNDING_NANOUSD = 1_500_000
+"""fal shows three decimals, and an edit as a sum of rounded parts."""
+FAL_SLIP = ("1920x1080", "high", 1)
+"""An edit at the price of a picture without one: fal's own slip, by all its others."""
+
+
+def test_fals_card_gives_the_prices_that_fal_publishes() -> None:
+    settings = load_settings(None, {}, kinds=KINDS)
+    variant = settings.variants["gpt-image-2"]
+    cost = settings.cards["gpt-image-2"]["fal"].cost
+    offer = Offer("fal", variant.name, "m", cost, Capabilities())
+    slips = []
+    for text, published in FAL_USD.items():
+        size = Size(*map(int, text.split("x")))
+        for references, row in enumerate(published):
+            for quality, usd in zip(
+                ("low", "medium", "high"), row.split(), strict=True
+            ):
+                request = ImageRequest(
+                    variant, "", size, quality, references=("x",) * references
+                )
+                each = expected_usage(request, [size] * references)
+                priced = offer_cost_nanousd(offer, each, size, quality, 1)
+                assert priced is not None
+                if abs(priced - int(Decimal(usd) * NANO)) > FAL_ROUNDING_NANOUSD:
+                    slips.append((text, quality, references))
+
+    assert slips == [FAL_SLIP]
+
+
+def uncommented(text: str) -> str:
+    """Take the ready-made upstreams of the shipped config out of their comments."""
+    code = re.compile(r"# ?((\[\[|\w+ = ).*)?")
+    return "\n".join(
+        (match[1] or "") if (match := code.fullmatch(line)) else line
+        for line in text.splitlines()
+    )
+
+
+def test_the_upstreams_that_wait_in_comments_are_ready_to_use(tmp_path: Path) -> None:
+    config = uncommented((SHIPPED / "gateway.toml").read_text())
+    (tmp_path / "gateway.toml").write_text(config)
+    names = re.findall(r'credential = "env:(\w+)"', config)
+    kinds = [*KINDS, "azure", "fal", "task_api", "openrouter", "replicate"]
+    path = tmp_path / "gateway.toml"
+
+    without = load_settings(path, {}, kinds=kinds)
+    settings = load_settings(path, dict.fromkeys(names, "secret"), kinds=kinds)
+
+    assert {out.upstream for out in without.left_out} == {
+        *("openai", "azure", "fal", "evolink", "openrouter", "replicate")
+    }
+    in_use = {upstream.name: upstream.kind for upstream in settings.upstreams}
+    assert in_use == {
+        "openai": "openai",
+        "azure": "azure",
+        "fal": "fal",
+        "evolink": "task_api",
+        "openrouter": "openrouter",
+        "replicate": "replicate",
+    }
+    assert {o.upstream for o in settings.offers if o.card} == {
+        "openai",
+        "azure",
+        "fal",
+        "evolink",
+    }
+    assert all(o.card in ("", o.upstream) for o in settings.offers)
 
 
 def test_variants_are_read_whole() -> None:
@@ -633,6 +760,143 @@ def test_a_cost_that_is_unknown_or_zero_is_refused(
     (problem,) = caught.value.problems
     assert says in str(problem)
     assert problem.path.startswith("upstream[0].offer[0].cost")
+
+
+# --- price cards ---
+
+CARD = f"""
+[[variant.card]]
+name = "acme"
+cost = {{ {TOKENS} }}
+as_of = "2026-11"
+source = "acme.test, pricing"
+sunset = 2026-12-24
+"""
+OTHER_VARIANT = VARIANT.replace("gpt-image-2", "gpt-image-3")
+BY_CARD = OFFER.replace(f"cost = {{ {TOKENS} }}", 'card = "acme"')
+
+
+def carded(
+    folder: Path, offer: str = BY_CARD, catalogue: str = VARIANT + CARD
+) -> Settings:
+    config = UPSTREAM.replace(OFFER, offer)
+    return load(folder, config, catalogue + OTHER_VARIANT)
+
+
+def test_an_offer_may_name_a_price_card_in_place_of_a_cost(tmp_path: Path) -> None:
+    (offer,) = carded(tmp_path).offers
+
+    assert isinstance(offer.cost, PerToken)
+    assert offer.cost.price.image_output == 30_000
+    assert (offer.card, offer.as_of, offer.sunset_on) == (
+        "acme",
+        "2026-11",
+        "2026-12-24",
+    )
+
+
+def test_what_the_offer_says_itself_wins_over_its_card(tmp_path: Path) -> None:
+    own = 'cost = { per = "image", flat = 1 }\nsunset = 2027-01-01\n'
+
+    (offer,) = carded(tmp_path, BY_CARD + own).offers
+
+    assert offer.cost == PerImage(NANO)
+    assert (offer.card, offer.as_of, offer.sunset_on) == ("", "", "2027-01-01")
+
+
+@pytest.mark.parametrize(
+    ("offer", "card", "says"),
+    [
+        (
+            BY_CARD.replace("acme", "acne"),
+            CARD,
+            ".offer[0].card: acne does not exist; cards of gpt-image-2: acme",
+        ),
+        (
+            BY_CARD.replace("acme", "acne") + f"cost = {{ {TOKENS} }}",
+            "",
+            ".offer[0].card: acne does not exist; cards of gpt-image-2: none",
+        ),
+        (
+            BY_CARD.replace('card = "acme"', ""),
+            CARD,
+            "gateway.toml: upstream[0].offer[0].cost: is missing, and so is card",
+        ),
+        (
+            BY_CARD + 'successor = "gpt-image-2"',
+            CARD,
+            "gateway.toml: upstream[0].offer[0].successor: names no other variant",
+        ),
+        (
+            BY_CARD,
+            CARD + 'successor = "gpt-image-9"',
+            "catalogue.toml: variant[0].card[0].successor: names no other variant",
+        ),
+        (
+            BY_CARD,
+            CARD + CARD,
+            "catalogue.toml: variant[0].card[1].name: acme is already a card of it",
+        ),
+        *[
+            (
+                BY_CARD,
+                CARD.replace('"2026-11"', as_of),
+                "catalogue.toml: variant[0].card[0].as_of: must be a month in quotes",
+            )
+            for as_of in ('"2026-13"', '"2026-1"', '"1999-11"', '"11/2026"', "2026")
+        ],
+        (
+            BY_CARD,
+            CARD.replace("as_of", "as_off"),
+            "catalogue.toml: variant[0].card[0].as_of: is missing",
+        ),
+        (
+            BY_CARD,
+            CARD.replace("30.0", "0"),
+            "catalogue.toml: variant[0].card[0].cost.image_output: must be greater",
+        ),
+    ],
+)
+def test_a_card_that_cannot_be_used_is_told_by_its_key(
+    tmp_path: Path, offer: str, card: str, says: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        carded(tmp_path, offer, VARIANT + card)
+
+    told = [str(p).replace(f"{tmp_path}/", "") for p in caught.value.problems]
+    assert any(says in line for line in told), told
+
+
+@pytest.mark.parametrize(
+    ("today", "told"),
+    [
+        ("2026-11-23", ()),
+        ("2026-11-24", ("ends on 2026-12-24, in 30 days",)),
+        ("2026-12-23", ("ends on 2026-12-24, tomorrow",)),
+        ("2026-12-24", ("ended on 2026-12-24 and is never used",)),
+        ("2027-04-30", ("ended on 2026-12-24",)),
+        ("2027-05-01", ("over 180 days ago", "ended on 2026-12-24")),
+    ],
+)
+def test_prices_that_grow_old_and_offers_that_end_are_warned_of(
+    tmp_path: Path, today: str, told: tuple[str, ...]
+) -> None:
+    warnings = carded(tmp_path).aging(today)
+
+    assert len(warnings) == len(told)
+    assert all(part in line for part, line in zip(told, warnings, strict=True))
+
+
+def test_the_warning_names_what_is_to_follow(tmp_path: Path) -> None:
+    settings = carded(tmp_path, catalogue=VARIANT + CARD + 'successor = "gpt-image-3"')
+
+    assert settings.aging("2026-12-01") == (
+        "one/gpt-image-2 ends on 2026-12-24, in 23 days; gpt-image-3 is to follow",
+    )
+
+
+def test_a_cost_without_a_date_never_grows_old(tmp_path: Path) -> None:
+    assert load(tmp_path).aging("2099-01-01") == ()
 
 
 # --- what the app makes of it ---
