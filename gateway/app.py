@@ -64,10 +64,9 @@ from gateway.core.errors import (
     storage_full,
 )
 from gateway.core.idempotency import KEY_KEPT_MS
-from gateway.core.pricing import offer_cost_nanousd
+from gateway.core.pricing import cost_rule
 from gateway.core.requests import parse_generation
 from gateway.core.routing import Moment, decide
-from gateway.core.tokens import expected_usage
 from gateway.core.webhooks import CallbackRules, Delivery
 from gateway.flows.dispatch import Dispatcher, candidate_facts
 from gateway.flows.files import FetchFile, Files
@@ -615,12 +614,9 @@ def route_of(settings: Settings, body: object) -> list[dict[str, object]]:
     """Tell where a fresh gateway would send a request body."""
     catalogue = checked_catalogue(settings)
     request = parse_generation(body, catalogue, prompt_optional=True)
-    each = expected_usage(request)
+    cost_nanousd = cost_rule(request)
     priced = [
-        (
-            offer,
-            offer_cost_nanousd(offer, each, request.size, request.quality, request.n),
-        )
+        (offer, cost_nanousd(offer, request.n))
         for offer in catalogue.offers[request.variant.name]
     ]
     moment = Moment(_today(SystemClock()), SYNC_DEADLINE_MS)

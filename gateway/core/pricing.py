@@ -6,6 +6,7 @@ cost is rounded up where it must be rounded at all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -20,7 +21,13 @@ from gateway.core.catalogue import (
 from gateway.core.money import usd_from_credits
 from gateway.core.requests import ImageRequest
 from gateway.core.sizes import AUTO_CLASS, Size, size_class
-from gateway.core.tokens import AUTO_SIZE, References, bound_usage, least_usage
+from gateway.core.tokens import (
+    AUTO_SIZE,
+    References,
+    bound_usage,
+    expected_usage,
+    least_usage,
+)
 from providers.kit.contract import Done
 
 PIXELS_PER_MEGAPIXEL = 1_000_000
@@ -80,6 +87,23 @@ def estimate(
         for usage in (least_usage, bound_usage)
     )
     return Estimate(low=low, high=high)
+
+
+def cost_rule(
+    request: ImageRequest, references: References | None = None
+) -> Callable[[Offer, int], int | None]:
+    """Return how to estimate what n pictures of a request cost at an offer.
+
+    Args:
+        request: what is asked for.
+        references: sizes of those really given, as in ``expected_usage``.
+    """
+    each = expected_usage(request, references)
+
+    def cost_nanousd(offer: Offer, n: int) -> int | None:
+        return offer_cost_nanousd(offer, each, request.size, request.quality, n)
+
+    return cost_nanousd
 
 
 def offer_cost_nanousd(

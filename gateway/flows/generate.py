@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 from gateway.core import pricing, tasks
-from gateway.core.catalogue import Catalogue, Offer, Operation
+from gateway.core.catalogue import Catalogue, Operation
 from gateway.core.errors import (
     ContentRefusedError,
     DeadlineExceededError,
@@ -33,7 +33,6 @@ from gateway.core.tasks import CANCELLED_JSON, DeliveryMode, TaskState
 from gateway.core.tokens import (
     AUTO_SIZE,
     estimated_usage,
-    expected_usage,
     reported_usage,
 )
 from gateway.flows.dispatch import (
@@ -460,19 +459,12 @@ class Generate:
     def _order(self, accepted: Accepted) -> Order:
         request, variant = accepted.request, accepted.request.variant
         sizes = accepted.inputs.sizes or None
-        each = expected_usage(request, sizes)
-
-        def cost_nanousd(offer: Offer, n: int) -> int | None:
-            return pricing.offer_cost_nanousd(
-                offer, each, request.size, request.quality, n
-            )
-
         return Order(
             job=_job(accepted, reported_usage(request, sizes)),
             wish=wish_of(request),
             variant=variant.name,
             offers=self.catalogue.offers[variant.name],
-            cost_nanousd=cost_nanousd,
+            cost_nanousd=pricing.cost_rule(request, sizes),
             deadline_ms=accepted.deadline_mono_ms,
             today=self.today(),
             fence=accepted.fence,
