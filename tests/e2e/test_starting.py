@@ -101,6 +101,26 @@ def test_the_shipped_config_is_fine() -> None:
     assert "ok: 3 upstreams, 15 offers" in answer.out
 
 
+def test_what_has_ended_or_grown_old_is_warned_of_and_starts(tmp_path: Path) -> None:
+    shipped = ROOT / "config"
+    catalogue = (shipped / "catalogue.toml").read_text()
+    catalogue = catalogue.replace('as_of = "2026-11"', 'as_of = "2024-01"')
+    catalogue = catalogue.replace("sunset = 2026-12-01", "sunset = 2024-02-01")
+    (tmp_path / "catalogue.toml").write_text(catalogue)
+    config = tmp_path / "gateway.toml"
+    config.write_text((shipped / "gateway.toml").read_text())
+
+    answer = command("check", "--config", str(config), OPENAI_API_KEY="sk-test")
+
+    assert answer.code == 0
+    warned = [line for line in answer.out.splitlines() if line.startswith("warning: ")]
+    assert sum("over 180 days ago" in line for line in warned) == 5
+    assert (
+        "warning: openai/gpt-image-1.5 ended on 2024-02-01 and is never used; "
+        "gpt-image-2 is to follow"
+    ) in warned
+
+
 def test_with_an_openai_key_openai_is_used_for_real() -> None:
     answer = command("routes", "explain", "--json", OPENAI_API_KEY="sk-test")
 
