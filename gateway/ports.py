@@ -116,6 +116,9 @@ class AttemptEnd:
     upstream_status: int | None = None
     upstream_code: str | None = None
     detail: str | None = None
+    alive: bool = False
+    """Given up with a job that may still be alive."""
+    fence: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +185,8 @@ class AttemptRecord:
     billed: str | None
     cost_nanousd: int
     n: int = 1
+    alive: bool = False
+    """Given up with a job that may still be alive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,13 +225,15 @@ class Claimed:
     """An async task taken by a worker, until its lease ends.
 
     Writes carry ``fence``: once somebody else has claimed the task, they are refused.
-    ``takeovers`` counts how often a lease ended before its task.
+    ``takeovers`` counts how often a lease ended before its task. ``cancelled``: its
+    owner has cancelled it meanwhile.
     """
 
     record: TaskRecord
     order_json: str
     fence: int
     takeovers: int
+    cancelled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,7 +438,13 @@ class TaskStore(Protocol):
         ...
 
     async def accept_attempt(
-        self, task_id: str, seq: int, job_id: str, order_json: str | None = None
+        self,
+        task_id: str,
+        seq: int,
+        job_id: str,
+        order_json: str | None = None,
+        *,
+        fence: int = 0,
     ) -> None:
         """Write the upstream's job id; durable on return.
 
@@ -457,6 +470,13 @@ class TaskStore(Protocol):
 
     async def unfinished(self, limit: int) -> Sequence[TaskRecord]:
         """Read tasks that are not final, oldest first."""
+        ...
+
+    async def take_up_overdue(self, before_ms: int) -> int:
+        """Let sync tasks be claimed that have a job, and a deadline before that.
+
+        Returns how many: their own process could not settle them.
+        """
         ...
 
     async def risk_book(self, since_ms: int) -> RiskBook:

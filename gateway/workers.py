@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from gateway.core.catalogue import Catalogue
 from gateway.core.errors import (
@@ -35,6 +37,11 @@ TAKE_UP_MIN_MS = 60_000
 """Time to fetch pictures that are made, even if the task's own time is over."""
 
 Crashed = Callable[[BaseException, str], None]
+T = TypeVar("T")
+
+
+class _CancelledByOwnerError(Exception):
+    """The owner of a task has cancelled it; the work on it was stopped."""
 
 
 @dataclass(slots=True)
@@ -176,7 +183,7 @@ class Worker:
 
     def _start(self, claimed: Claimed) -> None:
         task_id = claimed.record.id
-        work = asyncio.create_task(self._guarded(claimed))
+        work = asyncio.create_task(self.carry(claimed))
         self._running[task_id] = work
 
         def over(_: asyncio.Task[None]) -> None:
@@ -185,16 +192,26 @@ class Worker:
 
         work.add_done_callback(over)
 
-    async def _guarded(self, claimed: Claimed) -> None:
+    async def carry(self, claimed: Claimed) -> None:
+        """Carry a claimed task out; never raises."""
         try:
             await self._carried_out(claimed)
         except FencedError:
             return  # somebody else has it now
-        except GatewayError:
-            await self.kept_inputs.forget(claimed.record.id)  # it is closed
+        except GatewayError as error:
+            await self._forget_if_over(claimed.record.id, error)
         except Exception as error:  # noqa: BLE001 - a supervisor
             # Left to be taken over when its lease ends, a bounded number of times.
             self.crashed(error, claimed.record.id)
+
+    async def _forget_if_over(self, task_id: str, error: GatewayError) -> None:
+        # What could not be closed is taken over, and needs its pictures then.
+        with suppress(ServiceUnavailableError):
+            record = await self.generate.store.get(task_id)
+            if record is None or record.state.final:
+                await self.kept_inputs.forget(task_id)
+                return
+        self.crashed(error, task_id)
 
     async def _carried_out(self, claimed: Claimed) -> None:
         request = request_from(claimed.order_json, self.catalogue)
@@ -206,26 +223,40 @@ class Worker:
         except InvalidRequestError:
             await self.generate.abandon(claimed)
             return
-        left = await self._worked_on(claimed, accepted)
-        if left is not None:
-            await self._worked_on(claimed, left)
+        left: Accepted | None = accepted
+        if claimed.cancelled or not await self._worked_off(claimed, accepted):
+            cancelling = self.generate.cancel(accepted)
+            left = await self._held(claimed, cancelling, heeds=False)
+            if left is not None:
+                await self._worked_off(claimed, left)
         await self.kept_inputs.forget(claimed.record.id)
 
-    async def _worked_on(self, claimed: Claimed, accepted: Accepted) -> Accepted | None:
-        # Returns what is left to do of a task that it was too late to cancel.
-        work = asyncio.ensure_future(self.generate.carry_out(accepted, links=True))
+    async def _worked_off(self, claimed: Claimed, accepted: Accepted) -> bool:
+        # False: its owner cancelled it meanwhile, and the work on it was stopped.
+        work = self.generate.carry_out(accepted, links=True)
         try:
-            await self._kept_alive(claimed, work, heeds=accepted.buys)
-        finally:
-            if not work.done():
-                work.cancel()
-                await asyncio.wait({work})
-        if work.cancelled():
-            return await self.generate.cancel(accepted)
-        for picture in work.result().pictures:
+            view = await self._held(claimed, work, heeds=accepted.buys)
+        except _CancelledByOwnerError:
+            return False
+        for picture in view.pictures:
             if picture.made is not None:
                 picture.made.payload.close()
-        return None
+        return True
+
+    async def _held(
+        self, claimed: Claimed, work: Coroutine[object, object, T], *, heeds: bool
+    ) -> T:
+        # Does some work on a task while its lease is renewed.
+        doing = asyncio.ensure_future(work)
+        try:
+            await self._kept_alive(claimed, doing, heeds=heeds)
+        finally:
+            if not doing.done():
+                doing.cancel()
+                await asyncio.wait({doing})
+        if doing.cancelled():
+            raise _CancelledByOwnerError
+        return doing.result()
 
     async def _accepted(self, claimed: Claimed, request: ImageRequest) -> Accepted:
         record = claimed.record
@@ -259,19 +290,22 @@ class Worker:
         )
 
     async def _kept_alive(
-        self, claimed: Claimed, work: asyncio.Future[TaskView], *, heeds: bool
+        self, claimed: Claimed, work: asyncio.Future[T], *, heeds: bool
     ) -> None:
         # Until the work is done or, if that is to be heeded, its owner cancels it.
         while True:
             await asyncio.wait({work}, timeout=RENEW_EVERY_S)
             if work.done():
                 return
-            lease = await self.queue.renew(
-                claimed.record.id,
-                claimed.fence,
-                now_ms=self.clock.now_ms(),
-                lease_ms=LEASE_MS,
-            )
+            try:
+                lease = await self.queue.renew(
+                    claimed.record.id,
+                    claimed.fence,
+                    now_ms=self.clock.now_ms(),
+                    lease_ms=LEASE_MS,
+                )
+            except ServiceUnavailableError:
+                continue  # nobody else can claim it then; what is paid is worth a wait
             if not lease.held:
                 raise FencedError(claimed.record.id)
             if heeds and lease.cancelled:

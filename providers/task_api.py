@@ -324,7 +324,7 @@ class TaskApi:
             backgrounds=frozenset(backgrounds),
             mask=edits and mask,
             references_max=options.references_max if edits else 0,
-            idempotent=dialect.replays,
+            idempotent=_replayable(dialect),
         )
 
     async def start(self, job: ImageJob) -> Done | Pending:
@@ -806,6 +806,14 @@ def _within(call: Call, limit_s: float) -> Call:
 
 def _now_s() -> float:
     return asyncio.get_running_loop().time()
+
+
+def _replayable(dialect: Dialect) -> frozenset[Operation]:
+    # What is uploaded again gets another URL: such a call would not be the same.
+    if not dialect.replays:
+        return frozenset()
+    uploads = dialect.references == "upload"
+    return frozenset({Operation.GENERATE}) if uploads else frozenset(Operation)
 
 
 def _first(given: frozenset[T] | None, usual: frozenset[T]) -> frozenset[T]:

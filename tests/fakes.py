@@ -37,6 +37,7 @@ from providers.kit.contract import (
     Done,
     ImageJob,
     MadeImage,
+    Operation,
     Partial,
     Payload,
     Pending,
@@ -127,7 +128,7 @@ class ScriptedProvider:
         self.polled: list[str] = []
         self.streams = False
         self.can_stop = False
-        self.idempotent = False
+        self.idempotent: frozenset[Operation] = frozenset()
         self.stops: Cancelled | None = None
         self.stop_fails: ProviderError | None = None
         self.stopped: list[str] = []
@@ -258,7 +259,13 @@ class MemoryStore:
         )
 
     async def accept_attempt(
-        self, task_id: str, seq: int, job_id: str, order_json: str | None = None
+        self,
+        task_id: str,
+        seq: int,
+        job_id: str,
+        order_json: str | None = None,
+        *,
+        fence: int = 0,
     ) -> None:
         self.trail.append(f"accepted {job_id}")
         task = self.tasks.get(task_id)
@@ -322,6 +329,9 @@ class MemoryStore:
 
     async def unfinished(self, limit: int) -> Sequence[TaskRecord]:
         return [t for t in self.tasks.values() if not t.state.final][:limit]
+
+    async def take_up_overdue(self, before_ms: int) -> int:
+        return 0
 
     async def risk_book(self, since_ms: int) -> RiskBook:
         return self.risk

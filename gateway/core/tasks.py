@@ -1,9 +1,8 @@
-"""A task's life: its states, its attempts, and what a crash leaves to be done."""
+"""A task's life: its states, its attempts, and how long it may wait."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import json
 from enum import Enum
 
 from gateway.core.errors import RateLimitedError
@@ -15,13 +14,11 @@ QUEUE_MAX_TASKS = 10_000
 QUEUE_MAX_TASKS_PER_TENANT = 1_000
 QUEUE_RETRY_AFTER_S = 30
 TAKEOVERS_MAX = 5
+"""So many times a task may be taken over from a worker that stopped renewing."""
 TAKEOVERS_WITH_JOB_MAX = 20
 """Of a task whose pictures are being made, or paid already."""
-"""So many times a task may be taken over from a worker that stopped renewing."""
-CANCELLED_JSON = (
-    '{"code": "request_cancelled", "message": "The task was cancelled. You were not '
-    'charged.", "type": "task_error"}'
-)
+STOPPED = "cancelled"
+"""How an attempt ended that was stopped because its task was cancelled."""
 HOLD_KEPT_MS = 900_000
 """How long after its deadline a task may still be settled by its own process."""
 
@@ -61,40 +58,18 @@ class AttemptState(Enum):
     FAILED = "failed"
 
 
-class Recovery(Enum):
-    """What is to be done with a task whose process died."""
-
-    ROUTE_AGAIN = "route_again"
-    """Nothing was sent: start over."""
-
-    REATTACH = "reattach"
-    """A job id is known: go on polling it."""
-
-    GIVE_UP = "give_up"
-    """It may have been bought, and the result cannot be had: fail it, void the hold,
-    and book the attempt as possible waste."""
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptTrace:
-    """As much of an attempt as recovery needs."""
-
-    state: AttemptState
-    job_id: str | None = None
-
-
-def after_crash(mode: DeliveryMode, attempts: Iterable[AttemptTrace]) -> Recovery:
-    """Decide what becomes of an unfinished task found after a crash.
-
-    A sync task's client lost its connection with the process and holds no task id:
-    nothing is bought for it any more, but what has a job id is still fetched.
-    """
-    trail = list(attempts)
-    if any(a.state is AttemptState.ACCEPTED for a in trail):
-        return Recovery.REATTACH
-    if any(a.state is AttemptState.SENDING for a in trail):
-        return Recovery.GIVE_UP
-    return Recovery.GIVE_UP if mode is DeliveryMode.SYNC else Recovery.ROUTE_AGAIN
+def cancelled_json(charged_nanocredits: int) -> str:
+    """Say of a task that it was cancelled, in the words of the task contract."""
+    charge = "You were not charged."
+    if charged_nanocredits:
+        charge = "What was made until then was charged."
+    return json.dumps(
+        {
+            "code": "request_cancelled",
+            "message": f"The task was cancelled. {charge}",
+            "type": "task_error",
+        }
+    )
 
 
 class FencedError(Exception):

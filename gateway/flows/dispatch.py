@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
@@ -17,7 +17,7 @@ from gateway.core.money import decimal_text
 from gateway.core.pricing import REPORTED, real_cost
 from gateway.core.ratios import Sample, tier_of
 from gateway.core.routing import Candidate, Decision, Moment, Next, Wish
-from gateway.core.tasks import AttemptState
+from gateway.core.tasks import STOPPED, AttemptState
 from gateway.ports import (
     AttemptEnd,
     AttemptRecord,
@@ -47,10 +47,14 @@ ANSWER_RESERVE_MS = 5_000
 """Kept back from the deadline for storing, settling and answering."""
 POLL_MIN_S = 0.2
 PATIENT_LOOK_S = 3.0
-POLL_FAILURES_MAX = 30
+LOOK_AGAIN_S = 1.0
+LOOK_AGAIN_MAX_S = 15.0
+"""Between two looks at a job that fail: doubling, from the one to the other."""
+LOOK_DOUBLINGS_MAX = 4
+ACCEPT_PAUSE_S = 1.0
 STOP_MAX_S = 10.0
-STOPPED = "cancelled"
-"""How an attempt ended that was stopped because its task was cancelled."""
+STOP_AT_END_MAX_S = 2.0
+"""Out of ``ANSWER_RESERVE_MS``: to stop a job, and to look at it a last time."""
 REREADABLE = frozenset(
     {
         FailureKind.NETWORK,
@@ -60,7 +64,11 @@ REREADABLE = frozenset(
         FailureKind.RATE_LIMITED,
     }
 )
-"""Failures of a read after which the job itself may be well: it is read again."""
+"""Failures of a call after which the same one may go well."""
+LOOKED_AT_AGAIN = REREADABLE | {FailureKind.AUTH, FailureKind.INSUFFICIENT_FUNDS}
+"""Failures of a look after which the job itself may be well."""
+THE_CLIENTS = frozenset({FailureKind.INVALID_REQUEST, FailureKind.CONTENT_POLICY})
+"""What a job that was refused before is refused for again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +128,15 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Stopped:
-    """The end of a job that was stopped, and what the upstream says it used."""
+class Stop:
+    """What came of stopping the jobs of an order.
 
-    end: AttemptEnd
-    usage: Usage | None
+    ``usages`` is what upstreams report as used by those they stopped. ``too_late``: a
+    job had ended already, and its pictures are there.
+    """
+
+    usages: tuple[Usage, ...]
+    too_late: bool
 
 
 @dataclass(slots=True)
@@ -197,76 +209,96 @@ class Dispatcher:
                 raise
         return purchase
 
-    async def stop(self, order: Order) -> tuple[Stopped, ...] | None:
-        """Ask the upstreams to stop the jobs that ``history`` holds.
+    async def stop(self, order: Order) -> Stop:
+        """Ask the upstreams to stop the jobs that ``history`` holds, all at once.
 
-        None: one of them has ended before it could be stopped. Jobs that cannot be
-        stopped are not among those returned.
+        Each that is stopped is written down as ended.
         """
         offers = {offer.id: offer for offer in order.offers}
-        stopped = []
-        for attempt in order.history:
-            offer = offers.get(attempt.offer_id)
-            if offer is None or attempt.finished_ms or not attempt.job_id:
+        jobs = [
+            (self._call_of(order, offers[attempt.offer_id], attempt), attempt.job_id)
+            for attempt in order.history
+            if attempt.finished_ms is None
+            and attempt.job_id is not None
+            and attempt.offer_id in offers
+            and offers[attempt.offer_id].capabilities.cancel
+        ]
+        told = await asyncio.gather(
+            *(self._told_to_stop(call, job_id, STOP_MAX_S) for call, job_id in jobs)
+        )
+        usages = []
+        for (call, _), answer in zip(jobs, told, strict=True):
+            if answer is None:
                 continue
-            if not offer.capabilities.cancel:
-                continue
-            call = self._call_of(order, offer, attempt)
-            told = await self._told_to_stop(call, attempt.job_id)
-            if told is None:
-                return None
-            end = call.stopped(told, self.clock.now_ms())
+            end = call.stopped(answer, self.clock.now_ms())
             await self.store.end_attempt(end)
             self._tell(call, end)
-            stopped.append(Stopped(end, told.usage))
-        return tuple(stopped)
+            usages.append(answer.usage)
+        return Stop(
+            usages=tuple(usage for usage in usages if usage is not None),
+            too_late=None in told,
+        )
 
-    async def _told_to_stop(self, call: _Call, job_id: str) -> Cancelled | None:
+    async def _told_to_stop(
+        self, call: _Call, job_id: str, at_most_s: float
+    ) -> Cancelled | None:
         # An upstream that does not answer may go on, and charge.
         provider = self.providers[call.offer.upstream]
         try:
-            async with asyncio.timeout(STOP_MAX_S):
-                job = replace(call.job, deadline_s=STOP_MAX_S)
+            async with asyncio.timeout(at_most_s):
+                job = replace(call.job, deadline_s=at_most_s)
                 return await provider.cancel(job, job_id)
         except (ProviderError, TimeoutError):
             return Cancelled(Billed.MAYBE)
+        except Exception as error:  # noqa: BLE001 - the supervisor of adapters
+            self.crashed(error, f"stopping {call.offer.id} for {call.job.task_id}")
+            return Cancelled(Billed.MAYBE)
 
     async def _resumed(self, order: Order, purchase: Purchase, tried: set[str]) -> bool:
-        # Takes up what a lost worker left; tells whether there is more to buy.
+        # Takes up what a lost worker left, all at once as that one did; tells whether
+        # there is more to buy. What had ended by then counts as if it ended here.
         offers = {offer.id: offer for offer in order.offers}
-        lost: list[Failure] = []
+        left: list[Coroutine[object, object, Lot | Failure]] = []
+        last: str | None = None
         for attempt in order.history:
             purchase.attempts = max(purchase.attempts, attempt.seq)
             tried.add(attempt.offer_id)
             offer = offers.get(attempt.offer_id)
-            if offer is None or attempt.finished_ms is not None:
+            if offer is None:
                 continue
-            result = await self._taken_up(order, offer, attempt)
-            if isinstance(result, Failure):
-                lost.append(result)
-                continue
-            purchase.lots.append(result)
-            made = len(result.done.images)
-            purchase.missing = max(0, purchase.missing - made)
-        purchase.failures.extend(lost)
-        return await self._goes_on(purchase, lost)
+            last = offer.id
+            if attempt.finished_ms is None:
+                left.append(self._taken_up(order, offer, attempt))
+            elif (failure := _failure_of(offer, attempt)) is not None:
+                purchase.failures.append(failure)
+        results = await _all_of(left)
+        purchase.lots.extend(r for r in results if isinstance(r, Lot))
+        purchase.failures.extend(r for r in results if isinstance(r, Failure))
+        made = sum(len(lot.done.images) for lot in purchase.lots)
+        purchase.missing = max(0, purchase.missing - made)
+        if any(_rule(failure) is Next.NEVER for failure in purchase.failures):
+            return False
+        latest = [f for f in purchase.failures if f.offer.id == last]
+        return await self._goes_on(purchase, latest)
 
     async def _taken_up(
         self, order: Order, offer: Offer, attempt: AttemptRecord
     ) -> Lot | Failure:
         call = self._call_of(order, offer, attempt)
-        progress = _Progress(attempt.job_id)
+        if attempt.job_id is None and not call.known_by_name:
+            lost = "the worker was lost while the call was out"
+            error = ProviderError(FailureKind.TIMEOUT, lost)
+            return await self._failed(call, error, _Progress())
+        # What is polled has its slot at the upstream already, with or without ours.
+        permit = await self.board.admit(offer.id, order.wish.operation)
+        outcome = Outcome(cancelled=True)
         try:
-            done = await self._polled(call, progress)
-        except ProviderError as error:
-            end = call.failed(error, self.clock.now_ms())
-            await self.store.end_attempt(end)
-            self._tell(call, end)
-            alive = progress.job_id is not None and not error.ended
-            return Failure(offer, error, alive)
-        end = call.won(done, self.clock.now_ms())
-        self._tell(call, end)
-        return Lot(offer, done, end, asked=attempt.n)
+            result = await self._carried(call, _Progress(attempt.job_id))
+            outcome = _outcome_of(result, call)
+        finally:
+            if permit is not None:
+                await self.board.report(permit, outcome)
+        return result
 
     def _call_of(self, order: Order, offer: Offer, attempt: AttemptRecord) -> _Call:
         return _Call(
@@ -277,37 +309,8 @@ class Dispatcher:
             estimate_nanousd=attempt.estimate_nanousd,
             started_ms=attempt.started_ms,
             started_mono_ms=self.clock.monotonic_ms(),
+            is_second=True,
         )
-
-    async def _polled(self, call: _Call, progress: _Progress) -> Done:
-        if progress.job_id is None and not call.offer.capabilities.idempotent:
-            raise ProviderError(
-                FailureKind.TIMEOUT, "the worker was lost while the call was out"
-            )
-        provider = self.providers[call.offer.upstream]
-        end_s = self._end_of_time_s(call.order)
-        left_s = end_s - asyncio.get_running_loop().time()
-        try:
-            async with asyncio.timeout_at(end_s):
-                job = replace(call.job, deadline_s=left_s)
-                step: Done | Pending = Pending(progress.job_id or "", 0.0)
-                if progress.job_id is None:
-                    step = await provider.start(job)
-                if isinstance(step, Done):
-                    return step
-                await self._accept(call, step, progress)
-                return await self._finished(provider, job, step)
-        except TimeoutError:
-            raise await self._given_up(call, progress.job_id) from None
-
-    async def _accept(self, call: _Call, step: Pending, progress: _Progress) -> None:
-        if progress.job_id is not None:
-            return
-        write = call.order.order_json
-        await self.store.accept_attempt(
-            call.job.task_id, call.seq, step.job_id, write() if write else None
-        )
-        progress.job_id = step.job_id
 
     async def _choose(
         self, order: Order, purchase: Purchase, tried: frozenset[str]
@@ -368,8 +371,7 @@ class Dispatcher:
     async def _goes_on(self, purchase: Purchase, failed: list[Failure]) -> bool:
         # A round may fail in several ways at once; the strictest decides.
         for failure in failed:
-            kind = failure.error.kind
-            rule = Next.NEVER if failure.accepted else routing.NEXT_BY_KIND[kind]
+            kind, rule = failure.error.kind, _rule(failure)
             seen = sum(f.error.kind is kind for f in purchase.failures)
             repeated = rule in {Next.ONCE, Next.IF_AFFORDABLE} and seen > len(
                 [f for f in failed if f.error.kind is kind]
@@ -425,12 +427,7 @@ class Dispatcher:
                 break
             n = min(per_call, purchase.missing - done)
             calls.append(self._attempt(order, purchase, offer, n, permit))
-        results = await asyncio.gather(*calls, return_exceptions=True)
-        delivered = [r for r in results if isinstance(r, Lot | Failure)]
-        broken = [r for r in results if isinstance(r, BaseException)]
-        if broken and not any(isinstance(r, Lot) for r in delivered):
-            raise broken[0]
-        return delivered
+        return await _all_of(calls)
 
     async def _attempt(
         self,
@@ -472,85 +469,173 @@ class Dispatcher:
             ),
             decision_json(decision) if call.seq == 1 and decision else None,
         )
-        progress = _Progress()
+        return await self._carried(call, _Progress())
+
+    async def _carried(self, call: _Call, progress: _Progress) -> Lot | Failure:
         try:
             done = await self._deliver(call, progress)
         except ProviderError as error:
-            end = call.failed(error, self.clock.now_ms())
-            await self.store.end_attempt(end)
-            self._tell(call, end)
-            alive = progress.job_id is not None and not error.ended
-            return Failure(call.offer, error, alive)
+            return await self._failed(call, error, progress)
         end = call.won(done, self.clock.now_ms())
         self._tell(call, end)
         return Lot(call.offer, done, end, call.job.n, progress.partials)
 
+    async def _failed(
+        self, call: _Call, error: ProviderError, progress: _Progress
+    ) -> Failure:
+        alive = progress.job_id is not None and not error.ended
+        end = call.failed(error, self.clock.now_ms(), alive=alive)
+        await self.store.end_attempt(end)
+        self._tell(call, end)
+        return Failure(call.offer, error, alive)
+
     async def _deliver(self, call: _Call, progress: _Progress) -> Done:
         # The deadline is kept here, outside any HTTP client: a server that drips
         # satisfies every timeout of a client for ever.
-        now_ms = self.clock.monotonic_ms()
-        left_ms = call.order.deadline_ms - ANSWER_RESERVE_MS - now_ms
-        limit_s = max(0, min(left_ms, ATTEMPT_MAX_MS)) / 1000
-        provider = self.providers[call.offer.upstream]
-        job = replace(call.job, deadline_s=limit_s)
         try:
-            async with asyncio.timeout(limit_s) as limit:
-                on_partial = call.order.on_partial
-                if on_partial is not None and call.offer.capabilities.stream:
-                    return await _streamed(provider, job, on_partial, progress)
-                step = await provider.start(job)
-                if isinstance(step, Pending):
-                    await self._accept(call, step, progress)
-                    # Nothing else is tried while the job may be alive: it has all the
-                    # time that there is.
-                    limit.reschedule(self._end_of_time_s(call.order))
-                    step = await self._finished(provider, job, step)
+            async with asyncio.timeout_at(self._limit_s(call, progress)) as limit:
+                return await self._worked_off(call, progress, limit)
         except TimeoutError:
-            raise await self._given_up(call, progress.job_id) from None
-        except (ProviderError, GatewayError):
+            error = ProviderError(FailureKind.TIMEOUT, "no answer in time")
+        except ProviderError as failed:
+            if progress.job_id is None or failed.ended:
+                raise
+            error = failed
+        except GatewayError:
             raise
-        except Exception as error:
+        except Exception as bug:
             # The supervisor of adapters: one that breaks its contract fails its own
             # attempt, and the next upstream is tried.
-            self.crashed(error, f"{call.offer.id} for {job.task_id}")
+            self.crashed(bug, f"{call.offer.id} for {call.job.task_id}")
             raise ProviderError(
                 FailureKind.BAD_GATEWAY,
-                f"the adapter failed: {type(error).__name__}",
+                f"the adapter failed: {type(bug).__name__}",
                 billed=Billed.MAYBE,
-            ) from error
-        return step
+            ) from bug
+        return await self._given_up(call, error, progress.job_id)
 
-    def _end_of_time_s(self, order: Order) -> float:
-        left_ms = order.deadline_ms - ANSWER_RESERVE_MS - self.clock.monotonic_ms()
-        return asyncio.get_running_loop().time() + max(0, left_ms) / 1000
+    def _limit_s(self, call: _Call, progress: _Progress) -> float:
+        # Nothing else is tried while a job may be alive: it has all the time there is.
+        now_ms = self.clock.monotonic_ms()
+        left_ms = max(0, call.order.deadline_ms - ANSWER_RESERVE_MS - now_ms)
+        if progress.job_id is None:
+            left_ms = min(left_ms, ATTEMPT_MAX_MS)
+        return asyncio.get_running_loop().time() + left_ms / 1000
 
-    async def _given_up(self, call: _Call, job_id: str | None) -> ProviderError:
-        # Nobody wants the job any more: an upstream that can is told to stop it.
-        took_s = (self.clock.monotonic_ms() - call.started_mono_ms) / 1000
-        told: Cancelled | None = None
-        if job_id is not None and call.offer.capabilities.cancel:
-            told = await self._told_to_stop(call, job_id)
-        return ProviderError(
-            FailureKind.TIMEOUT,
-            f"no answer in {took_s:.0f} s",
-            billed=told.billed if told is not None else None,
-        )
+    async def _worked_off(
+        self, call: _Call, progress: _Progress, limit: asyncio.Timeout
+    ) -> Done:
+        provider = self.providers[call.offer.upstream]
+        now_s = asyncio.get_running_loop().time()
+        end_s = limit.when() or now_s
+        job = replace(call.job, deadline_s=end_s - now_s)
+        on_partial = call.order.on_partial
+        if progress.job_id is not None:
+            step: Done | Pending = Pending(progress.job_id, 0.0)
+        elif call.is_second:
+            step = await self._handed_over_again(provider, job)
+        elif on_partial is not None and call.offer.capabilities.stream:
+            return await _streamed(provider, job, on_partial, progress)
+        else:
+            step = await provider.start(job)
+        if isinstance(step, Done):
+            return step
+        if progress.job_id is None:
+            await self._accept(call, step, progress)
+            limit.reschedule(self._limit_s(call, progress))
+        return await self._finished(provider, job, step)
+
+    async def _handed_over_again(
+        self, provider: Provider, job: ImageJob
+    ) -> Done | Pending:
+        # That this one is refused says nothing of the first one, which may be bought.
+        pause_s = LOOK_AGAIN_S
+        while True:
+            try:
+                return await provider.start(job)
+            except ProviderError as error:
+                if error.kind in THE_CLIENTS:
+                    raise
+                if error.kind not in REREADABLE:
+                    raise ProviderError(
+                        FailureKind.TIMEOUT,
+                        f"the call was lost, and handed over again: {error.detail}",
+                    ) from error
+                await self.clock.sleep(error.retry_after_s or pause_s)
+                pause_s = min(LOOK_AGAIN_MAX_S, 2 * pause_s)
+
+    async def _accept(self, call: _Call, step: Pending, progress: _Progress) -> None:
+        # Whatever becomes of the write: from here on the job is known to be there.
+        progress.job_id = step.job_id
+        write = call.order.order_json
+        order_json = write() if write else None
+        while True:
+            writing = asyncio.ensure_future(
+                self.store.accept_attempt(
+                    call.job.task_id,
+                    call.seq,
+                    step.job_id,
+                    order_json,
+                    fence=call.order.fence,
+                )
+            )
+            try:
+                return await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                # Whoever cancels reads next which jobs there are.
+                await asyncio.wait({writing})
+                raise
+            except ServiceUnavailableError:
+                await self.clock.sleep(ACCEPT_PAUSE_S)
+
+    async def _given_up(
+        self, call: _Call, error: ProviderError, job_id: str | None
+    ) -> Done:
+        # Nobody waits for the job any more: an upstream that can is told to stop it.
+        if job_id is None or not call.offer.capabilities.cancel:
+            raise error
+        told = await self._told_to_stop(call, job_id, STOP_AT_END_MAX_S)
+        if told is None:
+            return await self._last_look(call, error, job_id)
+        raise ProviderError(
+            error.kind,
+            f"{error.detail}; the job was told to stop",
+            billed=told.billed,
+            cost_nanousd=told.cost_nanousd,
+            ended=error.ended,
+        ) from error
+
+    async def _last_look(self, call: _Call, error: ProviderError, job_id: str) -> Done:
+        provider = self.providers[call.offer.upstream]
+        try:
+            async with asyncio.timeout(STOP_AT_END_MAX_S):
+                job = replace(call.job, deadline_s=STOP_AT_END_MAX_S)
+                step = await provider.poll(job, job_id)
+        except TimeoutError:
+            raise error from None
+        if isinstance(step, Done):
+            return step
+        raise error
 
     async def _finished(self, provider: Provider, job: ImageJob, step: Pending) -> Done:
+        # The deadline alone ends it: what is made and paid is worth every look.
         failures = 0
+        pause_s = step.poll_after_s
         while True:
-            await self.clock.sleep(max(POLL_MIN_S, step.poll_after_s))
+            await self.clock.sleep(max(POLL_MIN_S, pause_s))
             try:
                 polled = await provider.poll(job, step.job_id)
             except ProviderError as error:
-                failures += 1
-                over = error.ended or error.kind not in REREADABLE
-                if over or failures >= POLL_FAILURES_MAX:
+                if error.ended or error.kind not in LOOKED_AT_AGAIN:
                     raise
+                failures += 1
+                doubled_s = LOOK_AGAIN_S * 2 ** min(failures - 1, LOOK_DOUBLINGS_MAX)
+                pause_s = error.retry_after_s or min(LOOK_AGAIN_MAX_S, doubled_s)
                 continue
             if isinstance(polled, Done):
                 return polled
-            step = polled
+            failures = 0
+            step, pause_s = polled, polled.poll_after_s
 
     def _tell(self, call: _Call, end: AttemptEnd) -> None:
         self.events.emit(
@@ -586,6 +671,13 @@ class _Call:
     estimate_nanousd: int
     started_ms: int
     started_mono_ms: int
+    is_second: bool = False
+    """It was handed over before, by a worker that was lost."""
+
+    @property
+    def known_by_name(self) -> bool:
+        """Whether the upstream knows it again when it is handed over twice."""
+        return self.job.operation in self.offer.capabilities.idempotent
 
     def won(self, done: Done, now_ms: int) -> AttemptEnd:
         """Book what the pictures cost, from the best source there is."""
@@ -608,38 +700,48 @@ class _Call:
 
     def stopped(self, told: Cancelled, now_ms: int) -> AttemptEnd:
         """Book what a stopped job costs: what is told, else what it may be at most."""
-        wasted = 0 if told.billed is Billed.NO else self.estimate_nanousd
-        if told.cost_nanousd is not None:
-            wasted = told.cost_nanousd
-        return AttemptEnd(
-            task_id=self.job.task_id,
-            seq=self.seq,
-            state=AttemptState.FAILED,
-            finished_ms=now_ms,
-            won=False,
-            billed=told.billed,
-            cost_nanousd=wasted,
-            cost_source="estimate" if told.cost_nanousd is None else "usd",
-            kind=STOPPED,
-        )
+        wasted = self._wasted(told.billed, told.cost_nanousd)
+        return replace(wasted, finished_ms=now_ms, kind=STOPPED)
 
-    def failed(self, error: ProviderError, now_ms: int) -> AttemptEnd:
+    def failed(
+        self, error: ProviderError, now_ms: int, *, alive: bool = False
+    ) -> AttemptEnd:
         """Book possible waste: what was maybe billed counts in full."""
-        wasted = 0 if error.billed is Billed.NO else self.estimate_nanousd
-        return AttemptEnd(
-            task_id=self.job.task_id,
-            seq=self.seq,
-            state=AttemptState.FAILED,
+        return replace(
+            self._wasted(error.billed, error.cost_nanousd),
             finished_ms=now_ms,
-            won=False,
-            billed=error.billed,
-            cost_nanousd=wasted,
-            cost_source="estimate",
             kind=error.kind.value,
             upstream_status=error.status,
             upstream_code=error.upstream_code,
             detail=error.detail,
+            alive=alive,
         )
+
+    def _wasted(self, billed: Billed, cost_nanousd: int | None) -> AttemptEnd:
+        at_most = 0 if billed is Billed.NO else self.estimate_nanousd
+        return AttemptEnd(
+            task_id=self.job.task_id,
+            seq=self.seq,
+            state=AttemptState.FAILED,
+            finished_ms=0,
+            won=False,
+            billed=billed,
+            cost_nanousd=at_most if cost_nanousd is None else cost_nanousd,
+            cost_source="estimate" if cost_nanousd is None else "usd",
+            fence=self.order.fence,
+        )
+
+
+async def _all_of(
+    calls: Sequence[Coroutine[object, object, Lot | Failure]],
+) -> list[Lot | Failure]:
+    # Waits for all of them: what one delivered is not lost because another one broke.
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    delivered = [r for r in results if isinstance(r, Lot | Failure)]
+    broken = [r for r in results if isinstance(r, BaseException)]
+    if broken and not any(isinstance(r, Lot) for r in delivered):
+        raise broken[0]
+    return delivered
 
 
 async def _streamed(
@@ -655,6 +757,24 @@ async def _streamed(
             progress.partials += 1
             on_partial(step)
     raise ProviderError(FailureKind.TIMEOUT, "the stream ended without a picture")
+
+
+def _rule(failure: Failure) -> Next:
+    return Next.NEVER if failure.accepted else routing.NEXT_BY_KIND[failure.error.kind]
+
+
+def _failure_of(offer: Offer, attempt: AttemptRecord) -> Failure | None:
+    # A stopped job says nothing about where the next one should go.
+    if attempt.state is not AttemptState.FAILED or attempt.kind in {None, STOPPED}:
+        return None
+    error = ProviderError(
+        FailureKind(attempt.kind),
+        attempt.detail or "",
+        status=attempt.upstream_status,
+        upstream_code=attempt.upstream_code,
+        billed=Billed(attempt.billed) if attempt.billed else None,
+    )
+    return Failure(offer, error, accepted=attempt.alive)
 
 
 def _job_at(offer: Offer, job: ImageJob, n: int, seq: int) -> ImageJob:

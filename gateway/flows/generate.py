@@ -29,7 +29,7 @@ from gateway.core.orders import class_of, order_json
 from gateway.core.requests import ImageRequest
 from gateway.core.routing import Wish
 from gateway.core.sizes import Size
-from gateway.core.tasks import CANCELLED_JSON, DeliveryMode, TaskState
+from gateway.core.tasks import DeliveryMode, TaskState, cancelled_json
 from gateway.core.tokens import (
     AUTO_SIZE,
     estimated_usage,
@@ -320,14 +320,11 @@ class Generate:
         Where it is too late, because a job has ended, what is left to be carried out
         is returned: the pictures that are there are delivered and charged.
         """
-        record = await self.store.get(accepted.task.id)
-        history = record.attempts if record is not None else ()
-        left = replace(accepted, history=history, buys=False)
-        stopped = await self.dispatcher.stop(self._order(left))
-        if stopped is None:
-            return left
-        told = [each.usage for each in stopped if each.usage is not None]
-        usage = reduce(Usage.plus, told) if told else None
+        left = await self._left_of(accepted)
+        stop = await self.dispatcher.stop(self._order(left))
+        if stop.too_late:
+            return await self._left_of(accepted)
+        usage = reduce(Usage.plus, stop.usages) if stop.usages else None
         variant = accepted.request.variant
         due = pricing.charge_nanocredits(usage, variant) if usage is not None else 0
         end = TaskEnd(
@@ -337,12 +334,17 @@ class Generate:
             due_nanocredits=due,
             usage=usage,
             usage_source="none" if usage is None else "reported",
-            error_json=CANCELLED_JSON,
+            error_json=cancelled_json(due),
             fence=accepted.fence,
         )
         settled = await self._finish(end)
         self._tell(accepted, end, settled, None, None)
         return None
+
+    async def _left_of(self, accepted: Accepted) -> Accepted:
+        record = await self.store.get(accepted.task.id)
+        history = record.attempts if record is not None else ()
+        return replace(accepted, history=history, buys=False)
 
     async def abandon(self, claimed: Claimed) -> None:
         """Close a task that nobody can carry out, for free."""

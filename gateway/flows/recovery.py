@@ -35,8 +35,13 @@ class Recovery:
         return await self._close(before_ms=None)
 
     async def overdue(self) -> int:
-        """Close tasks long past their deadline; returns their number."""
-        return await self._close(before_ms=self.clock.now_ms() - HOLD_KEPT_MS)
+        """Close tasks long past their deadline; returns their number.
+
+        What has a job is left to a worker: its pictures may be there.
+        """
+        before_ms = self.clock.now_ms() - HOLD_KEPT_MS
+        await self.store.take_up_overdue(before_ms)
+        return await self._close(before_ms=before_ms)
 
     async def _close(self, before_ms: int | None) -> int:
         closed = 0

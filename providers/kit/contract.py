@@ -98,6 +98,7 @@ class ProviderError(Exception):
         client_message: what may be shown to the client of a refused request.
         ended: the job itself is over, so asking again is no use; without it, a
             failure of ``poll`` may be one of the asking alone.
+        cost_nanousd: what the upstream says that it charges all the same.
     """
 
     def __init__(  # noqa: PLR0913 - each is said of a failure where it is known
@@ -111,6 +112,7 @@ class ProviderError(Exception):
         billed: Billed | None = None,
         client_message: str | None = None,
         ended: bool = False,
+        cost_nanousd: int | None = None,
     ) -> None:
         super().__init__(detail)
         self.kind = kind
@@ -121,6 +123,7 @@ class ProviderError(Exception):
         self.billed = billed or BILLED_BY_KIND[kind]
         self.client_message = client_message
         self.ended = ended
+        self.cost_nanousd = cost_nanousd
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,8 +309,9 @@ class Capabilities:
 
     An empty ``qualities`` or ``sizes`` means: any that the variant allows. ``stream``
     tells that ``Provider.stream`` shows partial pictures, ``cancel`` that a job that
-    was left pending can be stopped, ``idempotent`` that a job may be handed over again
-    under the same ``task_id`` and ``seq``: what is bought already is not bought twice.
+    was left pending can be stopped. A job of an operation in ``idempotent`` may be
+    handed over again under the same ``task_id`` and ``seq``: what is bought already is
+    not bought twice.
     """
 
     operations: frozenset[Operation] = frozenset({Operation.GENERATE})
@@ -320,7 +324,7 @@ class Capabilities:
     references_max: int = 0
     stream: bool = False
     cancel: bool = False
-    idempotent: bool = False
+    idempotent: frozenset[Operation] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,7 @@ TASK = Case(
         n_max=1,
         mask=True,
         references_max=16,
-        idempotent=True,
+        idempotent=frozenset({Operation.GENERATE}),
     ),
     secret=KEY,
     size_px=(1776, 592),

@@ -23,6 +23,7 @@ from tests.contract.stores import (
     NOW_MS,
     TENANT,
     Stores,
+    a_lost_attempt,
     a_result,
     a_task,
     a_void,
@@ -98,13 +99,44 @@ async def test_a_sync_task_with_a_job_is_taken_up_after_the_end_of_its_process(
     assert await stores.broken() == set()
 
 
+async def test_a_sync_task_with_a_job_is_taken_up_when_its_own_process_cannot(
+    stores: Stores,
+) -> None:
+    await stores.tasks.open(a_task())
+    await stores.tasks.begin_attempt(an_attempt())
+    await stores.tasks.accept_attempt("task-1", 1, "job-9", '{"prompt": "a fox"}')
+
+    assert await stores.tasks.take_up_overdue(a_task().deadline_ms) == 0
+    assert await stores.tasks.take_up_overdue(a_task().deadline_ms + 1) == 1
+
+    claimed = await claim(stores)
+    assert claimed is not None
+    assert claimed.record.mode is DeliveryMode.SYNC
+
+
+async def test_whoever_takes_a_task_over_hears_that_it_was_cancelled(
+    stores: Stores,
+) -> None:
+    await stores.tasks.open(queued())
+    first = await claim(stores)
+    assert first is not None
+    await stores.queue.cancel("task-1", TENANT, now_ms=NOW_MS)
+
+    second = await claim(stores, NOW_MS + LEASE_MS + 1)
+
+    assert second is not None
+    assert (first.cancelled, second.cancelled) == (False, True)
+
+
 async def test_the_order_of_an_async_task_stays_as_it_was(stores: Stores) -> None:
     await stores.tasks.open(queued())
     claimed = await claim(stores)
     assert claimed is not None
     await stores.tasks.begin_attempt(an_attempt(fence=claimed.fence))
 
-    await stores.tasks.accept_attempt("task-1", 1, "job-9", '{"prompt": "a cat"}')
+    await stores.tasks.accept_attempt(
+        "task-1", 1, "job-9", '{"prompt": "a cat"}', fence=claimed.fence
+    )
 
     assert await stores.rows("SELECT order_json FROM tasks") == [
         ('{"prompt": "a fox"}',)
@@ -160,16 +192,23 @@ async def test_who_has_lost_a_task_can_write_nothing(stores: Stores) -> None:
     held = await stores.balance()
     with pytest.raises(FencedError):
         await stores.tasks.finish(an_end(fence=zombie.fence))
+    with pytest.raises(FencedError):
+        await stores.tasks.end_attempt(a_lost_attempt(fence=zombie.fence))
+    with pytest.raises(FencedError):
+        await stores.tasks.accept_attempt("task-1", 1, "job-9", fence=zombie.fence)
     assert await stores.balance() == held
     lost = await stores.queue.renew(
         "task-1", zombie.fence, now_ms=NOW_MS, lease_ms=LEASE_MS
     )
     settled = await stores.tasks.finish(
-        an_end(fence=owner.fence, attempts=(a_won_attempt(),))
+        an_end(fence=owner.fence, attempts=(a_won_attempt(fence=owner.fence),))
     )
 
     assert lost == Lease(held=False)
     assert settled.charged == 60
+    assert await stores.rows("SELECT kind, nanousd FROM cost_book") == [
+        ("cost", 6_000_000)
+    ]
     assert await stores.broken() == set()
 
 

@@ -137,7 +137,7 @@ async def test_smaller_models_are_told_only_what_they_know(tmp_path: Path) -> No
             output_formats=frozenset({"png"}),
             backgrounds=frozenset({"opaque"}),
             references_max=16,
-            idempotent=True,
+            idempotent=frozenset({Operation.GENERATE}),
         )
         auto: dict[str, Any] = {"width_px": None, "height_px": None}
         close(await upstream.make(model="gpt-image-1.5", seq=2, **auto))
@@ -866,7 +866,10 @@ async def test_paths_are_options(tmp_path: Path) -> None:
                 references_max=4,
             ),
         ),
-        ({"references": "none"}, Capabilities(n_max=1, idempotent=True)),
+        (
+            {"references": "none"},
+            Capabilities(n_max=1, idempotent=frozenset(Operation)),
+        ),
     ],
     ids=["apimart", "new-api", "given", "none"],
 )

@@ -324,7 +324,7 @@ async def test_a_job_of_a_lost_worker_is_polled_and_not_handed_over_again() -> N
 async def test_what_a_lost_worker_sent_is_sent_again_under_the_same_name() -> None:
     # Where the upstream knows it again by that; nowhere else.
     known = ScriptedProvider(Pending("job-7"), delivered(2))
-    known.idempotent = True
+    known.idempotent = frozenset(Operation)
     shop = Shop({"cheap": known, "dear": working()})
 
     purchase = await taken_up(shop, job_id=None)

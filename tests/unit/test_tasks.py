@@ -1,4 +1,4 @@
-"""What a crash leaves is taken up without buying anything twice."""
+"""Names and states of tasks."""
 
 from __future__ import annotations
 
@@ -9,50 +9,10 @@ from hypothesis import strategies as st
 from gateway.core.tasks import (
     TASK_ID_ALPHABET,
     TASK_ID_CHARS,
-    AttemptState,
-    AttemptTrace,
-    DeliveryMode,
-    Recovery,
     TaskState,
-    after_crash,
     is_task_id,
     task_id_for,
 )
-
-SENDING = AttemptTrace(AttemptState.SENDING)
-ACCEPTED = AttemptTrace(AttemptState.ACCEPTED, job_id="job-9")
-FAILED = AttemptTrace(AttemptState.FAILED)
-BOTH = list(DeliveryMode)
-
-
-@pytest.mark.parametrize("mode", BOTH)
-@pytest.mark.parametrize("before", [[], [FAILED], [SENDING]])
-def test_a_known_job_is_fetched_and_never_bought_again(
-    mode: DeliveryMode, before: list[AttemptTrace]
-) -> None:
-    assert after_crash(mode, [*before, ACCEPTED]) is Recovery.REATTACH
-
-
-@pytest.mark.parametrize("mode", BOTH)
-@pytest.mark.parametrize("before", [[], [FAILED]])
-def test_what_may_have_been_bought_is_given_up(
-    mode: DeliveryMode, before: list[AttemptTrace]
-) -> None:
-    assert after_crash(mode, [*before, SENDING]) is Recovery.GIVE_UP
-
-
-@pytest.mark.parametrize("trail", [[], [FAILED], [FAILED, FAILED]])
-def test_an_async_task_with_nothing_in_flight_starts_over(
-    trail: list[AttemptTrace],
-) -> None:
-    assert after_crash(DeliveryMode.ASYNC, trail) is Recovery.ROUTE_AGAIN
-
-
-@pytest.mark.parametrize("trail", [[], [FAILED]])
-def test_nothing_is_bought_for_a_sync_client_that_is_gone(
-    trail: list[AttemptTrace],
-) -> None:
-    assert after_crash(DeliveryMode.SYNC, trail) is Recovery.GIVE_UP
 
 
 def test_only_three_states_are_final() -> None:

@@ -246,6 +246,7 @@ MIGRATIONS = (
     Migration(
         statements=(
             "ALTER TABLE attempts ADD COLUMN n BIGINT NOT NULL DEFAULT 1",
+            "ALTER TABLE attempts ADD COLUMN alive BIGINT NOT NULL DEFAULT 0",
             "DROP INDEX tasks_leased",
             """CREATE INDEX tasks_leased ON tasks (lease_until_ms)
             WHERE state = 'processing' AND lease_until_ms IS NOT NULL""",

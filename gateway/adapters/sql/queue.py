@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gateway.adapters.sql.database import Database, Row, Transaction
 from gateway.adapters.sql.tasks import finish_task, read_task
-from gateway.core.tasks import CANCELLED_JSON, TaskState
+from gateway.core.tasks import TaskState, cancelled_json
 from gateway.ports import Claimed, Lease, TaskEnd, TaskFilter, TaskLine
 
 USUAL_OF_LAST_TASKS = 20
@@ -102,7 +102,7 @@ async def _claim(tx: Transaction, now_ms: int, lease_ms: int) -> Claimed | None:
         """UPDATE tasks SET fence = fence + 1, lease_until_ms = $2,
             takeovers = takeovers + CASE WHEN state = 'processing' THEN 1 ELSE 0 END,
             state = 'processing', started_ms = COALESCE(started_ms, $3)
-        WHERE id = $1 RETURNING fence, takeovers, order_json""",
+        WHERE id = $1 RETURNING fence, takeovers, order_json, cancel_ms""",
         task_id,
         now_ms + lease_ms,
         now_ms,
@@ -110,8 +110,9 @@ async def _claim(tx: Transaction, now_ms: int, lease_ms: int) -> Claimed | None:
     record = await read_task(tx, task_id)
     assert row is not None, task_id
     assert record is not None, task_id
-    fence, takeovers, order_json = row
-    return Claimed(record, order_json or "{}", fence, takeovers)
+    fence, takeovers, order_json, cancel_ms = row
+    cancelled = cancel_ms is not None
+    return Claimed(record, order_json or "{}", fence, takeovers, cancelled)
 
 
 async def _left_behind(tx: Transaction, now_ms: int) -> str | None:
@@ -166,7 +167,7 @@ async def _cancel(
             task_id=task_id,
             state=TaskState.CANCELLED,
             finished_ms=now_ms,
-            error_json=CANCELLED_JSON,
+            error_json=cancelled_json(0),
             fence=fence,
         )
         await finish_task(tx, end)

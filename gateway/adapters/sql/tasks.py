@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gateway.adapters.sql.database import Database, Row, Transaction
 from gateway.adapters.sql.deliveries import add_delivery
@@ -21,6 +21,7 @@ from gateway.core.tasks import (
     HOLD_KEPT_MS,
     QUEUE_MAX_TASKS,
     QUEUE_MAX_TASKS_PER_TENANT,
+    STOPPED,
     AttemptState,
     DeliveryMode,
     FencedError,
@@ -80,16 +81,28 @@ class SqlTaskStore:
         await self.database.write(lambda tx: _begin_attempt(tx, attempt, route_json))
 
     async def accept_attempt(
-        self, task_id: str, seq: int, job_id: str, order_json: str | None = None
+        self,
+        task_id: str,
+        seq: int,
+        job_id: str,
+        order_json: str | None = None,
+        *,
+        fence: int = 0,
     ) -> None:
         """See ``TaskStore``; kept even if the attempt has been given up meanwhile.
 
         Raises:
             NotFoundError: there is no such attempt.
+            FencedError: somebody else has claimed the task.
         """
-        await self.database.write(
-            lambda tx: _accept_attempt(tx, task_id, seq, job_id, order_json)
-        )
+
+        async def accept(tx: Transaction) -> None:
+            await check_fence(tx, task_id, fence)
+            await _accept_attempt(tx, task_id, seq, job_id)
+            if order_json is not None:
+                await _keep_order(tx, task_id, order_json)
+
+        await self.database.write(accept)
 
     async def end_attempt(self, end: AttemptEnd) -> None:
         """See ``TaskStore``; an attempt that has ended stays as it ended."""
@@ -112,6 +125,18 @@ class SqlTaskStore:
     async def unfinished(self, limit: int) -> Sequence[TaskRecord]:
         """See ``TaskStore``."""
         return await self.database.read(lambda tx: _read_unfinished(tx, limit))
+
+    async def take_up_overdue(self, before_ms: int) -> int:
+        """See ``TaskStore``."""
+        return await self.database.write(
+            lambda tx: tx.run(
+                """UPDATE tasks SET lease_until_ms = 0
+                WHERE finished_ms IS NULL AND mode = 'sync' AND state = 'processing'
+                    AND order_json IS NOT NULL AND lease_until_ms IS NULL
+                    AND deadline_ms < $1""",
+                before_ms,
+            )
+        )
 
     async def risk_book(self, since_ms: int) -> RiskBook:
         """See ``TaskStore``."""
@@ -301,9 +326,7 @@ async def _begin_attempt(
         )
 
 
-async def _accept_attempt(
-    tx: Transaction, task_id: str, seq: int, job_id: str, order_json: str | None
-) -> None:
+async def _accept_attempt(tx: Transaction, task_id: str, seq: int, job_id: str) -> None:
     accepted = await tx.run(
         """UPDATE attempts SET job_id = $3,
             state = CASE WHEN finished_ms IS NULL THEN $4 ELSE state END
@@ -315,21 +338,24 @@ async def _accept_attempt(
     )
     if not accepted:
         raise NotFoundError(f"there is no attempt {seq} of task {task_id!r}")
-    if order_json is not None:
-        await tx.run(
-            """UPDATE tasks SET order_json = COALESCE(order_json, $2)
-            WHERE id = $1 AND finished_ms IS NULL""",
-            task_id,
-            order_json,
-        )
+
+
+async def _keep_order(tx: Transaction, task_id: str, order_json: str) -> None:
+    await tx.run(
+        """UPDATE tasks SET order_json = COALESCE(order_json, $2)
+        WHERE id = $1 AND finished_ms IS NULL""",
+        task_id,
+        order_json,
+    )
 
 
 async def _end_attempt(tx: Transaction, end: AttemptEnd) -> None:
     row = await tx.one(
         """UPDATE attempts SET state = $3, finished_ms = $4, billed = $5,
             cost_nanousd = $6, kind = $7, upstream_status = $8, upstream_code = $9,
-            detail = $10
+            detail = $10, alive = $11
         WHERE task_id = $1 AND seq = $2 AND finished_ms IS NULL
+            AND (SELECT fence FROM tasks WHERE tasks.id = attempts.task_id) = $12
         RETURNING upstream,
             (SELECT variant FROM tasks WHERE tasks.id = attempts.task_id)""",
         end.task_id,
@@ -342,7 +368,11 @@ async def _end_attempt(tx: Transaction, end: AttemptEnd) -> None:
         end.upstream_status,
         end.upstream_code,
         end.detail,
+        int(end.alive),
+        end.fence,
     )
+    if row is None:
+        await check_fence(tx, end.task_id, end.fence)
     paid = end.won or end.cost_nanousd > 0 or end.billed is not Billed.NO
     if row is not None and paid:
         upstream, variant = row
@@ -483,7 +513,9 @@ async def _close_task(tx: Transaction, end: TaskEnd) -> None:
 
 
 async def _end_forgotten(tx: Transaction, end: TaskEnd) -> None:
-    # Whoever ran them could not say how they ended: they may have been bought.
+    # Whoever ran them could not say how they ended: they may have been bought. What a
+    # tenant cancels is no unknown outcome, of which only so many are bought again.
+    cancelled = end.state is TaskState.CANCELLED
     left = await tx.all(
         """SELECT seq, estimate_nanousd FROM attempts
         WHERE task_id = $1 AND finished_ms IS NULL""",
@@ -501,8 +533,9 @@ async def _end_forgotten(tx: Transaction, end: TaskEnd) -> None:
                 billed=Billed.MAYBE,
                 cost_nanousd=estimate_nanousd,
                 cost_source="estimate",
-                kind=FailureKind.TIMEOUT.value,
+                kind=STOPPED if cancelled else FailureKind.TIMEOUT.value,
                 detail="nobody was left to say how this call ended",
+                fence=end.fence,
             ),
         )
 
@@ -555,7 +588,7 @@ async def read_task(tx: Transaction, task_id: str) -> TaskRecord | None:
     attempts = await tx.all(
         """SELECT seq, offer_id, upstream, state, estimate_nanousd, started_ms,
             finished_ms, job_id, kind, upstream_status, upstream_code, detail, billed,
-            cost_nanousd, n
+            cost_nanousd, n, alive
         FROM attempts WHERE task_id = $1 ORDER BY seq""",
         task_id,
     )
@@ -608,8 +641,9 @@ def _usage(row: Row) -> Usage | None:
 
 
 def _attempt(row: Row) -> AttemptRecord:
-    seq, offer_id, upstream, state, *rest = row
-    return AttemptRecord(seq, offer_id, upstream, AttemptState(state), *rest)
+    seq, offer_id, upstream, state, *rest, alive = row
+    known = AttemptRecord(seq, offer_id, upstream, AttemptState(state), *rest)
+    return replace(known, alive=bool(alive))
 
 
 def _result(row: Row) -> StoredResult:

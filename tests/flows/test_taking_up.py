@@ -1,0 +1,428 @@
+"""What a lost worker left, and a worker whose owner or store gets in its way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import pytest
+
+from gateway.adapters.sql.database import StoreBusyError
+from gateway.core.orders import order_json
+from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
+from gateway.flows.dispatch import Purchase
+from gateway.flows.generate import Accepted, Later
+from gateway.flows.inputs import NO_INPUTS, Inputs, KeptInputs
+from gateway.ports import AttemptRecord, Claimed, Lease, Queue, TaskRecord
+from gateway.workers import RENEW_EVERY_S, Worker
+from providers.kit.contract import (
+    Billed,
+    Cancelled,
+    Done,
+    FailureKind,
+    ImageJob,
+    Operation,
+    Pending,
+    ProviderError,
+)
+from tests.fakes import ScriptedProvider, delivered
+from tests.flows.stories import CENT, DEADLINE_MS, Shop
+from tests.flows.test_dispatch import failing, taking, working
+from tests.flows.test_generate import KEY, Counter
+
+K = FailureKind
+
+
+def an_attempt(shop: Shop, seq: int = 1, **changes: Any) -> AttemptRecord:
+    fields: dict[str, Any] = {
+        "seq": seq,
+        "offer_id": shop.offers[0].id,
+        "upstream": shop.offers[0].upstream,
+        "state": AttemptState.SENDING,
+        "estimate_nanousd": CENT,
+        "started_ms": 0,
+        "finished_ms": None,
+        "job_id": None,
+        "kind": None,
+        "upstream_status": None,
+        "upstream_code": None,
+        "detail": None,
+        "billed": None,
+        "cost_nanousd": 0,
+    }
+    return AttemptRecord(**(fields | changes))
+
+
+def an_ended(shop: Shop, kind: str, seq: int = 1, **changes: Any) -> AttemptRecord:
+    ended = {"state": AttemptState.FAILED, "finished_ms": 1, "billed": "no"}
+    return an_attempt(shop, seq, kind=kind, **(ended | changes))
+
+
+async def carried_on(shop: Shop, *history: AttemptRecord, n: int = 1) -> Purchase:
+    return await shop.dispatcher.buy(replace(shop.order(n), history=history))
+
+
+def served(purchase: Purchase) -> list[str]:
+    return [lot.offer.upstream for lot in purchase.lots]
+
+
+@dataclass
+class Polled(ScriptedProvider):
+    """Answers each look by the job's id."""
+
+    answer: Callable[[str], Done | Pending]
+    seen: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__(Pending("job-1"), n_max=1)
+
+    async def poll(self, job: ImageJob, job_id: str) -> Done | Pending:
+        assert job.model
+        self.seen.append(job_id)
+        return self.answer(job_id)
+
+
+# --- handed over again ---
+
+
+@pytest.mark.parametrize("kind", [K.RATE_LIMITED, K.NETWORK, K.OVERLOADED])
+async def test_a_call_that_is_refused_the_second_time_is_made_again(
+    kind: FailureKind,
+) -> None:
+    known = ScriptedProvider(
+        ProviderError(kind, "not now"), ProviderError(kind, "not now"), delivered()
+    )
+    known.idempotent = frozenset(Operation)
+    shop = Shop({"cheap": known, "dear": working()})
+
+    purchase = await carried_on(shop, an_attempt(shop))
+
+    assert served(purchase) == ["cheap"]
+    assert [job.seq for job in known.jobs] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", [K.RATE_LIMITED, K.AUTH, K.UNSUPPORTED])
+async def test_a_refusal_does_not_make_the_first_call_unbought(
+    kind: FailureKind,
+) -> None:
+    known = failing(kind)
+    known.idempotent = frozenset(Operation)
+    shop = Shop({"cheap": known, "dear": working()})
+
+    purchase = await carried_on(shop, an_attempt(shop))
+
+    assert purchase.failures[0].error.kind is K.TIMEOUT
+    assert purchase.failures[0].error.billed is Billed.MAYBE
+    assert shop.store.waste_nanousd == CENT
+
+
+async def test_what_the_client_did_wrong_was_wrong_the_first_time_too() -> None:
+    known = failing(K.CONTENT_POLICY)
+    known.idempotent = frozenset(Operation)
+    shop = Shop({"cheap": known, "dear": working()})
+
+    purchase = await carried_on(shop, an_attempt(shop))
+
+    assert purchase.failures[0].error.kind is K.CONTENT_POLICY
+    assert shop.upstreams["dear"].jobs == []
+    assert shop.store.waste_nanousd == 0
+
+
+# --- looked at again ---
+
+
+async def test_jobs_are_taken_up_at_once_so_that_one_that_hangs_costs_no_other() -> (
+    None
+):
+    cheap = Polled(lambda job: Pending(job, 3) if job == "stuck" else delivered())
+    shop = Shop({"cheap": cheap, "dear": working()})
+
+    purchase = await carried_on(
+        shop,
+        *(
+            an_attempt(shop, seq, job_id=job_id)
+            for seq, job_id in enumerate(("stuck", "b", "c"), 1)
+        ),
+        n=3,
+    )
+
+    assert served(purchase) == ["cheap", "cheap"]
+    assert (purchase.missing, shop.store.waste_nanousd) == (1, CENT)
+
+
+async def test_an_upstream_that_is_away_for_minutes_loses_no_job() -> None:
+    def answer(job_id: str) -> Done:
+        if shop.clock.monotonic_ms() < DEADLINE_MS - 60_000:
+            raise ProviderError(K.NETWORK, "refused", billed=Billed.MAYBE)
+        assert job_id == "job-1"
+        return delivered()
+
+    cheap = Polled(answer)
+    shop = Shop({"cheap": cheap, "dear": working()})
+
+    purchase = await shop.buy()
+
+    assert served(purchase) == ["cheap"]
+    assert len(cheap.seen) < 30  # it is not pestered either
+
+
+async def test_a_look_waits_as_long_as_the_upstream_asks() -> None:
+    asked = ProviderError(K.RATE_LIMITED, "later", retry_after_s=40)
+    shop = Shop({"cheap": ScriptedProvider(Pending("job-1", 1), asked, delivered())})
+
+    await shop.buy()
+
+    assert shop.clock.monotonic_ms() == 41_000
+
+
+async def test_a_job_that_ended_while_it_was_to_be_stopped_is_looked_at_once_more() -> (
+    None
+):
+    def answer(job_id: str) -> Done | Pending:
+        if shop.clock.monotonic_ms() < DEADLINE_MS - 5_000:
+            return Pending(job_id, 50)
+        return delivered()
+
+    cheap = Polled(answer)
+    cheap.can_stop = True  # and says that it is too late
+    shop = Shop({"cheap": cheap})
+
+    purchase = await shop.buy()
+
+    assert served(purchase) == ["cheap"]
+    assert cheap.stopped == ["job-1"]
+
+
+async def test_what_a_stopped_job_cost_is_booked_as_it_is_told() -> None:
+    stuck = ScriptedProvider(Pending("job-1", 50))
+    stuck.can_stop = True
+    stuck.stops = Cancelled(Billed.YES, cost_nanousd=CENT // 4)
+    shop = Shop({"cheap": stuck})
+
+    await shop.buy()
+
+    assert shop.store.waste_nanousd == CENT // 4
+
+
+async def test_an_adapter_with_a_bug_in_its_poll_fails_its_own_attempt() -> None:
+    def answer(_: str) -> Done:
+        raise KeyError("status")
+
+    shop = Shop({"cheap": Polled(answer), "dear": working()})
+
+    purchase = await carried_on(shop, an_attempt(shop, job_id="job-1"))
+
+    assert purchase.failures[0].accepted
+    assert shop.upstreams["dear"].jobs == []
+    assert len(shop.crashes) == 1
+
+
+async def test_a_job_is_known_from_the_moment_that_its_id_is() -> None:
+    # The store is slow to write the id down, and the time for the attempt runs out.
+    cheap = ScriptedProvider(Pending("job-1", 1))
+    cheap.can_stop = True
+    cheap.stops = Cancelled()
+    shop = Shop({"cheap": cheap, "dear": working()})
+
+    async def slow(*_: object, **__: object) -> None:
+        await asyncio.sleep(400)
+
+    shop.store.accept_attempt = slow  # type: ignore[method-assign]
+
+    purchase = await shop.buy()
+
+    assert cheap.stopped == ["job-1"]
+    assert purchase.failures[0].accepted
+    assert shop.upstreams["dear"].jobs == []
+
+
+async def test_a_store_that_is_away_when_a_job_is_accepted_is_waited_for() -> None:
+    cheap = ScriptedProvider(Pending("job-1", 1), delivered())
+    shop = Shop({"cheap": cheap, "dear": working()})
+    refusals = [True, True]
+    write = shop.store.accept_attempt
+
+    async def busy(*args: Any, **more: Any) -> None:
+        if refusals:
+            refusals.pop()
+            raise StoreBusyError("busy")
+        await write(*args, **more)
+
+    shop.store.accept_attempt = busy  # type: ignore[method-assign]
+
+    purchase = await shop.buy()
+
+    assert served(purchase) == ["cheap"]
+    assert shop.store.trail[-1] == "accepted job-1"
+
+
+# --- what had ended ---
+
+
+@pytest.mark.parametrize("kind", ["content_policy", "invalid_request", "result_lost"])
+async def test_what_ends_a_request_ends_it_after_a_restart_too(kind: str) -> None:
+    shop = Shop({"cheap": working(), "dear": working()})
+
+    purchase = await carried_on(shop, an_ended(shop, kind))
+
+    assert purchase.lots == []
+    assert purchase.failures[0].error.kind.value == kind
+
+
+async def test_a_job_that_was_given_up_alive_is_not_bought_after_a_restart() -> None:
+    shop = Shop({"cheap": working(), "dear": working()})
+    ended = an_ended(shop, "timeout", billed="maybe", job_id="job-1", alive=True)
+
+    assert (await carried_on(shop, ended)).lots == []
+
+
+async def test_once_more_is_not_once_more_after_every_restart() -> None:
+    shop = Shop({"cheap": working(), "dear": working(), "dearest": working()})
+    other = {"offer_id": shop.offers[1].id, "upstream": shop.offers[1].upstream}
+    first = an_ended(shop, "timeout", billed="maybe")
+    second = an_ended(shop, "timeout", 2, billed="maybe", **other)
+
+    assert served(await carried_on(shop, first)) == ["dear"]
+    assert served(await carried_on(shop, first, second)) == []
+
+
+async def test_a_failure_that_lets_the_next_one_try_still_does() -> None:
+    shop = Shop({"cheap": working(), "dear": working()})
+
+    purchase = await carried_on(shop, an_ended(shop, "overloaded"))
+
+    assert served(purchase) == ["dear"]
+
+
+# --- the worker ---
+
+
+@dataclass
+class Kept:
+    """Inputs that were kept for a task."""
+
+    forgotten: list[str] = field(default_factory=list)
+
+    async def load(self, task_id: str, request: object) -> Inputs:
+        assert task_id
+        assert request
+        return NO_INPUTS
+
+    async def forget(self, task_id: str) -> None:
+        self.forgotten.append(task_id)
+
+
+@dataclass
+class Leases:
+    """Answers each renewal with the next of its answers; the last one repeats."""
+
+    answers: list[Lease | Exception]
+    times_ms: list[int] = field(default_factory=list)
+
+    async def renew(self, *_: object, now_ms: int, lease_ms: int) -> Lease:
+        assert lease_ms
+        self.times_ms.append(now_ms)
+        last = len(self.answers) == 1
+        answer = self.answers[0] if last else self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@dataclass
+class Claim:
+    """A task in the hands of a worker."""
+
+    counter: Counter
+    leases: Leases
+    kept: Kept = field(default_factory=Kept)
+    crashes: list[BaseException] = field(default_factory=list)
+
+    async def work(
+        self, *history: AttemptRecord, cancelled: bool = False
+    ) -> TaskRecord:
+        counter, shop = self.counter, self.counter.shop
+        request = counter.request()
+        task_id = counter.generate.new_task_id()
+        later = Later("http://gateway.test")
+        opened = await counter.generate.accept(task_id, request, KEY, later=later)
+        assert isinstance(opened, Accepted)
+        record = replace(
+            counter.store.tasks[task_id],
+            mode=DeliveryMode.ASYNC,
+            state=TaskState.PROCESSING,
+            attempts=history,
+            deadline_ms=shop.clock.now_ms() + 900_000,
+        )
+        counter.store.tasks[task_id] = record
+        worker = Worker(
+            queue=cast("Queue", self.leases),
+            generate=counter.generate,
+            catalogue=counter.catalogue,
+            kept_inputs=cast("KeptInputs", self.kept),
+            clock=shop.clock,
+            crashed=lambda error, _: self.crashes.append(error),
+            at_once=1,
+        )
+        order = order_json(request, 0, has_mask=False)
+        await worker.carry(Claimed(record, order, 0, 1, cancelled))
+        return counter.store.tasks[task_id]
+
+
+async def test_a_store_that_is_busy_for_a_moment_costs_no_paid_work() -> None:
+    counter = Counter(cheap=taking(20))
+    claim = Claim(counter, Leases([StoreBusyError("busy"), Lease(held=True)]))
+
+    task = await claim.work()
+
+    assert task.state is TaskState.COMPLETED
+    assert len(counter.shop.upstreams["cheap"].jobs) == 1
+    assert claim.kept.forgotten == [task.id]
+
+
+async def test_inputs_are_kept_for_whoever_takes_up_what_could_not_be_closed() -> None:
+    counter = Counter(cheap=working())
+    counter.store.refuse_to_finish = [StoreBusyError("busy")] * 100
+    claim = Claim(counter, Leases([Lease(held=True)]))
+
+    task = await claim.work()
+
+    assert not task.state.final
+    assert claim.kept.forgotten == []
+    assert len(claim.crashes) == 1
+
+
+async def test_who_takes_a_cancelled_task_over_buys_nothing_for_it() -> None:
+    stopped = ProviderError(K.TIMEOUT, "canceled", billed=Billed.YES, ended=True)
+    dear = working()
+    counter = Counter(cheap=ScriptedProvider(stopped), dear=dear)
+    claim = Claim(counter, Leases([Lease(held=True, cancelled=True)]))
+    begun = an_attempt(counter.shop, job_id="job-1")
+
+    task = await claim.work(begun, cancelled=True)
+
+    assert task.state is TaskState.CANCELLED
+    assert dear.jobs == []
+
+
+async def test_the_lease_is_renewed_while_upstreams_are_told_to_stop() -> None:
+    class Slow(ScriptedProvider):
+        async def cancel(self, job: ImageJob, job_id: str) -> Cancelled | None:
+            await asyncio.sleep(9)
+            return await super().cancel(job, job_id)
+
+    cheap = Slow(Pending("job-1", 50))
+    cheap.can_stop = True
+    cheap.stops = Cancelled()
+    counter = Counter(cheap=cheap)
+    leases = Leases([Lease(held=True), Lease(held=True, cancelled=True)])
+
+    task = await Claim(counter, leases).work()
+
+    assert task.state is TaskState.CANCELLED
+    assert cheap.stopped == ["job-1"]
+    pauses = [b - a for a, b in zip(leases.times_ms, leases.times_ms[1:], strict=False)]
+    assert len(pauses) >= 4
+    assert set(pauses) == {round(RENEW_EVERY_S * 1000)}
