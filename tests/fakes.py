@@ -293,6 +293,7 @@ class MemoryStore:
         self._note_end(end)
 
     async def finish(self, end: TaskEnd) -> Settled:
+        assert all(attempt.fence == end.fence for attempt in end.attempts), end
         if self.refuse_to_finish:
             raise self.refuse_to_finish.pop(0)
         task = self.tasks[end.task_id]

@@ -696,6 +696,7 @@ class _Call:
             billed=Billed.YES,
             cost_nanousd=cost_nanousd,
             cost_source=source,
+            fence=self.order.fence,
         )
 
     def stopped(self, told: Cancelled, now_ms: int) -> AttemptEnd:

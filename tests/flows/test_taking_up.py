@@ -367,7 +367,7 @@ class Claim:
             at_once=1,
         )
         order = order_json(request, 0, has_mask=False)
-        await worker.carry(Claimed(record, order, 0, 1, cancelled))
+        await worker.carry(Claimed(record, order, 3, 1, cancelled))
         return counter.store.tasks[task_id]
 
 
