@@ -124,8 +124,10 @@ class Gateway:
 
     async def close(self, *, at_once: bool = False) -> None:
         """Let work end, unless ``at_once``; then give connections back."""
+        self.worker.stop()
         late = self.runner.in_flight + self.worker.in_flight
         if not at_once:
+            await self.worker.hand_over()
             late = await self.runner.drain() + await self.worker.drain(DRAIN_MAX_S)
         if late:
             self.log.note("drain_timeout", tasks=late)
@@ -240,6 +242,7 @@ def build_gateway(
         at_once=min(
             WORKING_MAX_TASKS, sum(u.max_concurrent for u in settings.upstreams)
         ),
+        places=_places(settings, catalogue),
     )
     images = Images(
         catalogue=catalogue,
@@ -471,7 +474,7 @@ async def serve(
     loops = asyncio.ensure_future(
         asyncio.gather(gateway.loops.run(), gateway.worker.run())
     )
-    server = _Server(config, ready)
+    server = _Server(config, ready, gateway.worker.stop)
     try:
         await server.serve(sockets=[listening])
     finally:
@@ -487,12 +490,19 @@ class _Server(uvicorn.Server):
     There are books to be closed after the last answer.
     """
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        ready: Callable[[], None],
+        leaving: Callable[[], None],
+    ) -> None:
         super().__init__(config)
         self._ready = ready
+        self._leaving = leaving
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # The first signal lets what is under way end, the second does not.
+        self._leaving()
         if self.should_exit:
             self.force_exit = True
         super().handle_exit(sig, frame)
@@ -564,6 +574,14 @@ def _from_framework(error: HTTPException, request: AnyRequest) -> GatewayError:
 def _sandboxes(providers: Mapping[str, Provider]) -> dict[str, Tunable]:
     found = {name: getattr(p, "settings", None) for name, p in providers.items()}
     return {name: tunable for name, tunable in found.items() if tunable is not None}
+
+
+def _places(settings: Settings, catalogue: Catalogue) -> dict[str, int]:
+    slots = {u.name: u.max_concurrent for u in settings.upstreams}
+    return {
+        variant: sum(slots[name] for name in {offer.upstream for offer in offers})
+        for variant, offers in catalogue.offers.items()
+    }
 
 
 def _database_check(books: Books) -> Callable[[], Awaitable[str | None]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -487,8 +487,23 @@ class TaskStore(Protocol):
 class Queue(Protocol):
     """Async tasks that wait for a worker: the tasks table itself."""
 
-    async def claim(self, *, now_ms: int, lease_ms: int) -> Claimed | None:
-        """Take a task whose lease ended, or the next one of the tenant served least."""
+    async def claim(
+        self,
+        *,
+        now_ms: int,
+        lease_ms: int,
+        held: Collection[str] = (),
+        full: Collection[str] = (),
+    ) -> Claimed | None:
+        """Take a task whose lease ended, or the next one of the tenant served least.
+
+        Args:
+            now_ms: the time.
+            lease_ms: how long it is taken for.
+            held: tasks that the caller works on: a clock that jumps ends no lease of
+                one's own.
+            full: variants of which no further task is to be begun.
+        """
         ...
 
     async def renew(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -126,6 +127,9 @@ class TaskRunner:
 class Worker:
     """Carries async tasks out, as many at once as it may; one per process.
 
+    ``places`` is how many of each variant: a slow upstream keeps its own tasks waiting,
+    and no others.
+
     A task is claimed for a short lease that is renewed while the work goes on. Whoever
     finds a lease ended takes the task over: what had a job id is polled on, what may
     have been bought is bought again at most once, what was never sent is routed anew.
@@ -138,8 +142,10 @@ class Worker:
     clock: Clock
     crashed: Callable[[BaseException, str], None]
     at_once: int
+    places: Mapping[str, int] = field(default_factory=dict)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
-    _running: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    _running: dict[str, _Held] = field(default_factory=dict)
+    _stopped: bool = False
 
     def wake(self) -> None:
         """Say that there is something to do."""
@@ -150,9 +156,14 @@ class Worker:
         """How many tasks are being worked on."""
         return len(self._running)
 
+    def stop(self) -> None:
+        """Take no further task; what was taken goes on."""
+        self._stopped = True
+        self._news.set()
+
     async def run(self) -> None:
-        """Take tasks until cancelled; what was taken then still goes on."""
-        while True:
+        """Take tasks until stopped or cancelled; what was taken then goes on."""
+        while not self._stopped:
             claimed = None
             if len(self._running) < self.at_once:
                 claimed = await self._claimed()
@@ -170,12 +181,36 @@ class Worker:
         """Wait for what was taken; returns how many did not end in time."""
         if not self._running:
             return 0
-        _, late = await asyncio.wait(self._running.values(), timeout=at_most_s)
+        doing = [held.work for held in self._running.values()]
+        _, late = await asyncio.wait(doing, timeout=at_most_s)
         return len(late)
+
+    async def hand_over(self) -> int:
+        """Let go of tasks that only wait for jobs; returns how many.
+
+        Whoever takes them up polls on: nothing is lost by it.
+        """
+        given = 0
+        for task_id, held in list(self._running.items()):
+            with suppress(ServiceUnavailableError):
+                record = await self.generate.store.get(task_id)
+                if record is None or record.state.final or not _only_waits(record):
+                    continue
+                held.work.cancel()
+                await asyncio.wait({held.work})
+                await self.queue.release(task_id, held.fence)
+                given += 1
+        return given
 
     async def _claimed(self) -> Claimed | None:
         try:
-            return await self.queue.claim(now_ms=self.clock.now_ms(), lease_ms=LEASE_MS)
+            begun = Counter(held.variant for held in self._running.values())
+            return await self.queue.claim(
+                now_ms=self.clock.now_ms(),
+                lease_ms=LEASE_MS,
+                held=self._running.keys(),
+                full=[v for v, most in self.places.items() if begun[v] >= most],
+            )
         except ServiceUnavailableError as error:
             self.crashed(error, "claiming a task")
             await self.clock.sleep(POLL_EVERY_S)
@@ -184,7 +219,7 @@ class Worker:
     def _start(self, claimed: Claimed) -> None:
         task_id = claimed.record.id
         work = asyncio.create_task(self.carry(claimed))
-        self._running[task_id] = work
+        self._running[task_id] = _Held(work, claimed.record.variant, claimed.fence)
 
         def over(_: asyncio.Task[None]) -> None:
             self._running.pop(task_id, None)
@@ -310,6 +345,18 @@ class Worker:
                 raise FencedError(claimed.record.id)
             if heeds and lease.cancelled:
                 return
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    work: asyncio.Task[None]
+    variant: str
+    fence: int
+
+
+def _only_waits(record: TaskRecord) -> bool:
+    open_ones = [a for a in record.attempts if a.finished_ms is None]
+    return bool(open_ones) and all(a.job_id is not None for a in open_ones)
 
 
 def _has_job(record: TaskRecord) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from gateway.core import limits, routing
 from gateway.core.breaker import Outcome
-from gateway.core.catalogue import Offer
+from gateway.core.catalogue import Offer, PerImage
 from gateway.core.errors import GatewayError, ServiceUnavailableError
 from gateway.core.events import AttemptFinished
 from gateway.core.money import decimal_text
@@ -31,6 +31,7 @@ from gateway.ports import (
 from providers.kit.contract import (
     Billed,
     Cancelled,
+    Capabilities,
     Done,
     FailureKind,
     ImageJob,
@@ -47,6 +48,21 @@ ANSWER_RESERVE_MS = 5_000
 """Kept back from the deadline for storing, settling and answering."""
 POLL_MIN_S = 0.2
 PATIENT_LOOK_S = 3.0
+PATIENT_PAUSE_S = 2.0
+PATIENT_PAUSE_MAX_S = 60.0
+PATIENT_DOUBLINGS_MAX = 5
+PATIENT_ATTEMPTS_MAX = 30
+OUTAGES = frozenset(
+    {
+        FailureKind.AUTH,
+        FailureKind.INSUFFICIENT_FUNDS,
+        FailureKind.RATE_LIMITED,
+        FailureKind.OVERLOADED,
+        FailureKind.BAD_GATEWAY,
+        FailureKind.NETWORK,
+    }
+)
+"""Failures that say nothing of the request, and may be over in a while."""
 LOOK_AGAIN_S = 1.0
 LOOK_AGAIN_MAX_S = 15.0
 """Between two looks at a job that fail: doubling, from the one to the other."""
@@ -181,7 +197,8 @@ class Dispatcher:
         At most ``routing.ATTEMPTS_MAX`` rounds may fail, each at another offer. A
         round at an offer that makes fewer pictures per call than are wanted is several
         calls at once. What is missing after a round is bought in the next: never the
-        whole again.
+        whole again. A patient order whose rounds failed by outages alone, with nothing
+        bought, starts over after a pause for as long as it has time.
 
         Raises:
             ServiceUnavailableError: the store failed before anything was delivered.
@@ -190,24 +207,33 @@ class Dispatcher:
         self.budget = limits.earned(self.budget, self.clock.monotonic_ms())
         tried: set[str] = set()
         try:
-            more = await self._resumed(order, purchase, tried)
-            if not (more and order.buys):
-                return purchase
-            while purchase.missing and len(tried) < routing.ATTEMPTS_MAX:
-                chosen = await self._choose(order, purchase, frozenset(tried))
-                if chosen is None:
-                    break
-                failed, short = await self._round(order, purchase, *chosen)
-                if failed or short:
-                    tried.add(chosen[0].id)
-                if not await self._goes_on(purchase, failed):
-                    break
+            if await self._resumed(order, purchase, tried) and order.buys:
+                await self._fill(order, purchase, tried)
         except ServiceUnavailableError as error:
             # A library's own retry could buy again what an attempt has bought.
             error.client_may_retry = False if purchase.attempts else None
             if not purchase.lots:
                 raise
         return purchase
+
+    async def _fill(self, order: Order, purchase: Purchase, tried: set[str]) -> None:
+        while purchase.missing:
+            goes_on = len(tried) < routing.ATTEMPTS_MAX
+            goes_on = goes_on and await self._next_round(order, purchase, tried)
+            if not goes_on and not await self._rested(order, purchase, tried):
+                return
+
+    async def _next_round(
+        self, order: Order, purchase: Purchase, tried: set[str]
+    ) -> bool:
+        # Tells whether there may be another one.
+        chosen = await self._choose(order, purchase, frozenset(tried))
+        if chosen is None:
+            return False
+        failed, short = await self._round(order, purchase, *chosen)
+        if failed or short:
+            tried.add(chosen[0].id)
+        return await self._goes_on(purchase, failed)
 
     async def stop(self, order: Order) -> Stop:
         """Ask the upstreams to stop the jobs that ``history`` holds, all at once.
@@ -263,9 +289,7 @@ class Dispatcher:
         for attempt in order.history:
             purchase.attempts = max(purchase.attempts, attempt.seq)
             tried.add(attempt.offer_id)
-            offer = offers.get(attempt.offer_id)
-            if offer is None:
-                continue
+            offer = offers.get(attempt.offer_id) or _gone(order, attempt)
             last = offer.id
             if attempt.finished_ms is None:
                 left.append(self._taken_up(order, offer, attempt))
@@ -285,10 +309,14 @@ class Dispatcher:
         self, order: Order, offer: Offer, attempt: AttemptRecord
     ) -> Lot | Failure:
         call = self._call_of(order, offer, attempt)
-        if attempt.job_id is None and not call.known_by_name:
+        lost = None
+        if offer.upstream not in self.providers:
+            lost = "its upstream is not configured any more"
+        elif attempt.job_id is None and not call.known_by_name:
             lost = "the worker was lost while the call was out"
+        if lost is not None:
             error = ProviderError(FailureKind.TIMEOUT, lost)
-            return await self._failed(call, error, _Progress())
+            return await self._failed(call, error, _Progress(attempt.job_id))
         # What is polled has its slot at the upstream already, with or without ours.
         permit = await self.board.admit(offer.id, order.wish.operation)
         outcome = Outcome(cancelled=True)
@@ -385,6 +413,25 @@ class Dispatcher:
             if left is None:
                 return False
             self.budget = left
+        return True
+
+    async def _rested(self, order: Order, purchase: Purchase, tried: set[str]) -> bool:
+        # Tells whether to start over, after a pause.
+        failures = purchase.failures
+        waits = order.patient and failures and not purchase.lots
+        if not waits or purchase.attempts >= PATIENT_ATTEMPTS_MAX:
+            return False
+        if not all(f.error.kind in OUTAGES for f in failures):
+            return False
+        if not all(f.error.billed is Billed.NO for f in failures):
+            return False
+        doublings = min(len(failures) - 1, PATIENT_DOUBLINGS_MAX)
+        pause_s = min(PATIENT_PAUSE_MAX_S, PATIENT_PAUSE_S * 2**doublings)
+        now_ms = self.clock.monotonic_ms()
+        if order.deadline_ms - ANSWER_RESERVE_MS - now_ms <= pause_s * 1000:
+            return False
+        await self.clock.sleep(pause_s)
+        tried.clear()
         return True
 
     async def _affordable(self) -> bool:
@@ -676,8 +723,12 @@ class _Call:
 
     @property
     def known_by_name(self) -> bool:
-        """Whether the upstream knows it again when it is handed over twice."""
-        return self.job.operation in self.offer.capabilities.idempotent
+        """Whether the upstream knows it again when it is handed over twice.
+
+        It must be the same call: with all its pictures, which a sync task has not kept.
+        """
+        whole = len(self.job.references) == self.order.wish.references
+        return whole and self.job.operation in self.offer.capabilities.idempotent
 
     def won(self, done: Done, now_ms: int) -> AttemptEnd:
         """Book what the pictures cost, from the best source there is."""
@@ -762,6 +813,17 @@ async def _streamed(
 
 def _rule(failure: Failure) -> Next:
     return Next.NEVER if failure.accepted else routing.NEXT_BY_KIND[failure.error.kind]
+
+
+def _gone(order: Order, attempt: AttemptRecord) -> Offer:
+    # Stands for an offer that was taken out of the config while its job went on.
+    return Offer(
+        upstream=attempt.upstream,
+        variant=order.variant,
+        model="",
+        cost=PerImage(),
+        capabilities=Capabilities(),
+    )
 
 
 def _failure_of(offer: Offer, attempt: AttemptRecord) -> Failure | None:

@@ -300,7 +300,7 @@ class Generate:
             finished_ms=self.clock.now_ms(),
             error_json=json.dumps(task_error(error)),
             route_json=_route_json(purchase),
-            forget_key=error.status in MAY_TRY_AGAIN,
+            forget_key=error.status in MAY_TRY_AGAIN and not _maybe_bought(purchase),
             fence=accepted.fence,
             attempts=tuple(
                 replace(lot.end, won=False)
@@ -515,6 +515,13 @@ def wish_of(request: ImageRequest) -> Wish:
         background=request.background,
         references=len(request.references),
         mask=request.mask is not None,
+    )
+
+
+def _maybe_bought(purchase: Purchase | None) -> bool:
+    # Then the same key must not buy again.
+    return purchase is not None and any(
+        failure.error.billed is not Billed.NO for failure in purchase.failures
     )
 
 

@@ -166,6 +166,48 @@ async def test_a_lease_that_ends_lets_another_take_over(stores: Stores) -> None:
     assert (second.fence, second.takeovers) == (2, 1)
 
 
+async def test_nobody_takes_a_task_over_from_oneself(stores: Stores) -> None:
+    # A clock that jumps, or a process that was stopped, ends leases that are held.
+    await stores.tasks.open(queued())
+    await stores.tasks.open(queued("task-2"))
+    mine = await claim(stores)
+    other = await claim(stores)
+    assert mine is not None
+    assert other is not None
+
+    again = await stores.queue.claim(
+        now_ms=NOW_MS + 10 * LEASE_MS, lease_ms=LEASE_MS, held={mine.record.id}
+    )
+    none = await stores.queue.claim(
+        now_ms=NOW_MS + 10 * LEASE_MS, lease_ms=LEASE_MS, held={mine.record.id}
+    )
+
+    assert again is not None
+    assert again.record.id == other.record.id
+    assert none is None
+
+
+async def test_a_variant_without_a_place_keeps_no_other_waiting(
+    stores: Stores,
+) -> None:
+    await stores.fund(10**9, "ten-2")
+    for number in range(3):
+        await stores.tasks.open(queued(f"slow-{number}", variant="slow"))
+    await stores.tasks.open(queued("quick", variant="quick", tenant_id="ten-2"))
+    await stores.tasks.open(queued("late", variant="quick"))
+
+    async def claimed() -> str | None:
+        found = await stores.queue.claim(
+            now_ms=NOW_MS, lease_ms=LEASE_MS, full=["slow", "other"]
+        )
+        return found.record.id if found else None
+
+    assert [await claimed() for _ in range(3)] == ["late", "quick", None]
+    rest = await claim(stores)
+    assert rest is not None
+    assert rest.record.id == "slow-0"
+
+
 async def test_a_lease_that_is_renewed_does_not_end(stores: Stores) -> None:
     await stores.tasks.open(queued())
     claimed = await claim(stores)

@@ -296,6 +296,75 @@ async def test_a_failure_that_lets_the_next_one_try_still_does() -> None:
     assert served(purchase) == ["dear"]
 
 
+async def test_a_job_whose_upstream_left_the_config_is_not_bought_again() -> None:
+    shop = Shop({"cheap": working(), "dear": working()})
+    gone: dict[str, Any] = {"offer_id": "gone/gpt-image-2", "upstream": "gone"}
+
+    purchase = await carried_on(shop, an_attempt(shop, job_id="job-1", **gone))
+
+    assert purchase.lots == []
+    assert shop.store.waste_nanousd == CENT
+
+
+async def test_an_edit_without_its_pictures_is_not_handed_over_again() -> None:
+    known = working()
+    known.idempotent = frozenset(Operation)
+    shop = Shop({"cheap": known, "dear": working()})
+    order = shop.order()
+    wish = replace(order.wish, references=1)
+
+    purchase = await shop.dispatcher.buy(
+        replace(order, wish=wish, history=(an_attempt(shop),), buys=False)
+    )
+
+    assert purchase.lots == []
+    assert known.jobs == []
+    assert purchase.failures[0].error.billed is Billed.MAYBE
+
+
+# --- outages, and time ---
+
+
+async def test_an_order_with_time_starts_over_after_an_outage() -> None:
+    away = ProviderError(K.NETWORK, "refused")
+    shop = Shop({"cheap": ScriptedProvider(away, away, away, delivered())})
+
+    purchase = await shop.dispatcher.buy(replace(shop.order(), patient=True))
+
+    assert served(purchase) == ["cheap"]
+    assert len(shop.upstreams["cheap"].jobs) == 4
+    assert shop.clock.monotonic_ms() == 14_000  # 2, 4 and 8 s
+
+
+async def test_an_order_without_time_does_not() -> None:
+    away = ProviderError(K.NETWORK, "refused")
+    shop = Shop({"cheap": ScriptedProvider(away, delivered())})
+
+    assert (await shop.buy()).lots == []
+
+
+@pytest.mark.parametrize("kind", [K.TIMEOUT, K.NO_OUTPUT, K.UNSUPPORTED])
+async def test_what_may_be_bought_or_can_never_be_is_not_started_over(
+    kind: FailureKind,
+) -> None:
+    shop = Shop({"cheap": ScriptedProvider(ProviderError(kind, "no"), delivered())})
+
+    purchase = await shop.dispatcher.buy(replace(shop.order(), patient=True))
+
+    assert purchase.lots == []
+    assert len(shop.upstreams["cheap"].jobs) == 1
+
+
+async def test_an_outage_that_lasts_ends_the_order_at_its_deadline() -> None:
+    shop = Shop({"cheap": failing(K.OVERLOADED), "dear": failing(K.OVERLOADED)})
+
+    purchase = await shop.dispatcher.buy(replace(shop.order(), patient=True))
+
+    assert purchase.lots == []
+    assert shop.clock.monotonic_ms() < DEADLINE_MS
+    assert purchase.attempts < 30
+
+
 # --- the worker ---
 
 

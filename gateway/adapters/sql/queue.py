@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from gateway.adapters.sql.database import Database, Row, Transaction
@@ -11,6 +11,8 @@ from gateway.core.tasks import TaskState, cancelled_json
 from gateway.ports import Claimed, Lease, TaskEnd, TaskFilter, TaskLine
 
 USUAL_OF_LAST_TASKS = 20
+TENANTS_ASKED_MAX = 100
+"""For a task that can be begun, while some variants have no place left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +21,22 @@ class SqlQueue:
 
     database: Database
 
-    async def claim(self, *, now_ms: int, lease_ms: int) -> Claimed | None:
+    async def claim(
+        self,
+        *,
+        now_ms: int,
+        lease_ms: int,
+        held: Collection[str] = (),
+        full: Collection[str] = (),
+    ) -> Claimed | None:
         """See ``Queue``."""
-        return await self.database.write(lambda tx: _claim(tx, now_ms, lease_ms))
+
+        async def claim(tx: Transaction) -> Claimed | None:
+            task_id = await _left_behind(tx, now_ms, held)
+            task_id = task_id or await _next_in_turn(tx, now_ms, full)
+            return await _claim(tx, task_id, now_ms, lease_ms) if task_id else None
+
+        return await self.database.write(claim)
 
     async def renew(
         self, task_id: str, fence: int, *, now_ms: int, lease_ms: int
@@ -94,10 +109,9 @@ class SqlQueue:
         return await self.database.write(lambda tx: _forget(tx, before_ms, limit))
 
 
-async def _claim(tx: Transaction, now_ms: int, lease_ms: int) -> Claimed | None:
-    task_id = await _left_behind(tx, now_ms) or await _next_in_turn(tx, now_ms)
-    if task_id is None:
-        return None
+async def _claim(
+    tx: Transaction, task_id: str, now_ms: int, lease_ms: int
+) -> Claimed | None:
     row = await tx.one(
         """UPDATE tasks SET fence = fence + 1, lease_until_ms = $2,
             takeovers = takeovers + CASE WHEN state = 'processing' THEN 1 ELSE 0 END,
@@ -115,40 +129,56 @@ async def _claim(tx: Transaction, now_ms: int, lease_ms: int) -> Claimed | None:
     return Claimed(record, order_json or "{}", fence, takeovers, cancelled)
 
 
-async def _left_behind(tx: Transaction, now_ms: int) -> str | None:
-    row = await tx.one(
+async def _left_behind(
+    tx: Transaction, now_ms: int, held: Collection[str]
+) -> str | None:
+    rows = await tx.all(
         """SELECT id FROM tasks
         WHERE state = 'processing' AND lease_until_ms < $1
-        ORDER BY lease_until_ms LIMIT 1""",
+        ORDER BY lease_until_ms LIMIT $2""",
         now_ms,
+        len(held) + 1,
+    )
+    return next((str(row[0]) for row in rows if row[0] not in held), None)
+
+
+async def _next_in_turn(
+    tx: Transaction, now_ms: int, full: Collection[str]
+) -> str | None:
+    # The tenant with the fewest tasks running; of equals, the one served longest ago.
+    tenants = await tx.all(
+        """SELECT tenant_id FROM accounts WHERE queued > 0
+        ORDER BY running, claimed_ms, tenant_id LIMIT $1""",
+        TENANTS_ASKED_MAX if full else 1,
+    )
+    for (tenant_id,) in tenants:
+        task_id = await _first_of(tx, tenant_id, full)
+        if task_id is None:
+            continue
+        await tx.run(
+            """UPDATE accounts SET queued = queued - 1, running = running + 1,
+                claimed_ms = $2
+            WHERE tenant_id = $1""",
+            tenant_id,
+            now_ms,
+        )
+        return task_id
+    return None
+
+
+async def _first_of(
+    tx: Transaction, tenant_id: str, full: Collection[str]
+) -> str | None:
+    names = ", ".join(f"${place}" for place in range(2, 2 + len(full)))
+    unless = f"AND variant NOT IN ({names})" if full else ""
+    row = await tx.one(
+        f"""SELECT id FROM tasks
+        WHERE tenant_id = $1 AND state = 'pending' AND mode = 'async' {unless}
+        ORDER BY created_ms, id LIMIT 1""",  # noqa: S608 - numbers of parameters
+        tenant_id,
+        *full,
     )
     return str(row[0]) if row else None
-
-
-async def _next_in_turn(tx: Transaction, now_ms: int) -> str | None:
-    # The tenant with the fewest tasks running; of equals, the one served longest ago.
-    tenant = await tx.one(
-        """SELECT tenant_id FROM accounts WHERE queued > 0
-        ORDER BY running, claimed_ms, tenant_id LIMIT 1"""
-    )
-    if tenant is None:
-        return None
-    row = await tx.one(
-        """SELECT id FROM tasks
-        WHERE tenant_id = $1 AND state = 'pending' AND mode = 'async'
-        ORDER BY created_ms, id LIMIT 1""",
-        tenant[0],
-    )
-    if row is None:
-        return None
-    await tx.run(
-        """UPDATE accounts SET queued = queued - 1, running = running + 1,
-            claimed_ms = $2
-        WHERE tenant_id = $1""",
-        tenant[0],
-        now_ms,
-    )
-    return str(row[0])
 
 
 async def _cancel(
