@@ -34,7 +34,7 @@ from providers.kit.contract import (
 from providers.kit.image_jobs import check_edit, edit_form, job_fields, unable
 from providers.kit.images_api import ImagesApi
 from providers.kit.tokens import CommandTokens, FileTokens, Tokens
-from providers.kit.wire import Call, Tools
+from providers.kit.wire import Call, Tools, deadline_in
 
 DATED_API_VERSION = "2025-04-01-preview"
 """The first dated version that knows gpt-image models."""
@@ -152,7 +152,7 @@ class Azure:
 
     async def _call(self, job: ImageJob, *, stream: bool = False) -> tuple[Call, str]:
         """Write a job as a request; returns the Entra token in it, too, if any."""
-        deadline_at_s = asyncio.get_running_loop().time() + job.deadline_s
+        deadline_at_s = deadline_in(job.deadline_s)
         edit = job.operation is Operation.EDIT
         if edit:
             check_edit(job, self.capabilities(job.model))

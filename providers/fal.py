@@ -5,30 +5,21 @@ What is peculiar to its models and to an account is in ``Options``.
 
 from __future__ import annotations
 
-import asyncio
 import math
 import re
 from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
+from functools import partial
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 
-from providers.kit.accounts import (
-    check_base_url,
-    check_secret,
-    is_at_home,
-    read_options,
-)
-from providers.kit.answers import (
-    Answer,
-    AnswerReader,
-    Picture,
-    UnreadableAnswerError,
-)
+from providers.kit.abilities import Host, Size, Word, operations, sizes_px
+from providers.kit.accounts import check_account, is_at_home, read_options
+from providers.kit.answers import Answer
 from providers.kit.contract import (
     Account,
     Billed,
@@ -43,21 +34,21 @@ from providers.kit.contract import (
     Pending,
     ProviderError,
 )
-from providers.kit.images import NotAnImageError, read_payload_header
+from providers.kit.image_jobs import check_edit, unable
 from providers.kit.images_api import Quality
 from providers.kit.json_bodies import json_body
+from providers.kit.pictures import collected, fetched, made
 from providers.kit.refusals import Refusal, judge
-from providers.kit.usages import read_usage
-from providers.kit.wire import (
-    TEXT_MAX_CHARS,
-    Call,
-    Download,
-    Reply,
-    Tools,
+from providers.kit.replies import (
+    Fields,
+    as_object,
+    decoded,
+    read_answer,
+    unreadable,
 )
+from providers.kit.usages import read_usage
+from providers.kit.wire import Call, Download, Tools, deadline_in
 
-READ_MAX_S = 30.0
-"""How long one look at a job may take. One that hangs is repeated, not waited for."""
 POLL_QUEUED_S = 2.0
 POLL_RUNNING_S = 1.0
 START_MIN_S = 2
@@ -72,11 +63,7 @@ DOWNLOAD_HOSTS = frozenset({"fal.media", "v3.fal.media", "v3b.fal.media"})
 AUTO_SIZE_PX = (1024, 1024)
 """What is asked for where the model may choose: fal's own choice is 1024x768."""
 
-Plain = Annotated[str, msgspec.Meta(pattern="^[!-~]+$")]
-Host = Annotated[str, msgspec.Meta(pattern="^[0-9A-Za-z.:-]+$")]
-Size = Annotated[str, msgspec.Meta(pattern="^[1-9][0-9]{1,4}x[1-9][0-9]{1,4}$")]
 Path = Annotated[str, msgspec.Meta(pattern="^/[!-~]*$")]
-Fields = Mapping[str, object]
 
 _FIRST_FAMILY = re.compile(r"(?:.*/)?gpt-image-1(?:[.-][^/]*)?(?:/|$)")
 """gpt-image-1, 1.5 and mini take other fields than their successors."""
@@ -99,7 +86,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """
 
     edits: bool = True
-    edit_models: Mapping[Plain, Plain] = {}
+    edit_models: Mapping[Word, Word] = {}
     mask: bool = True
     references_max: Annotated[int, msgspec.Meta(ge=1, le=REFERENCES_MAX)] = (
         REFERENCES_MAX
@@ -120,10 +107,7 @@ def connect(account: Account, tools: Tools) -> Fal:
         ValueError: the message names the option that is wrong.
     """
     options = read_options(account.options, Options)
-    check_base_url(account.base_url)
-    check_secret(account.secret)
-    if not account.secret:
-        raise ValueError("credential: is empty")
+    check_account(account)
     parts = urlsplit(account.base_url)
     return Fal(account, tools, options, f"{parts.scheme}://{parts.netloc}")
 
@@ -141,17 +125,13 @@ class Fal:
         """Tell what the model is known to take, within the account's options."""
         options = self.options
         first = bool(_FIRST_FAMILY.match(model))
-        told = (size.split("x") for size in options.sizes)
-        sizes = frozenset((int(width), int(height)) for width, height in told)
         auto = bool(_KNOWS_AUTO_QUALITY.match(model))
         qualities = frozenset() if auto else _THREE_QUALITIES
         see_through = first or options.background
         return Capabilities(
-            operations=frozenset(Operation)
-            if options.edits
-            else frozenset({Operation.GENERATE}),
+            operations=operations(edits=options.edits),
             n_max=options.n_max,
-            sizes=sizes or (_FIRST_SIZES if first else frozenset()),
+            sizes=sizes_px(options.sizes) or (_FIRST_SIZES if first else frozenset()),
             qualities=frozenset(options.qualities) or qualities,
             backgrounds=frozenset(
                 {"opaque", "transparent"} if see_through else {"opaque"}
@@ -168,12 +148,13 @@ class Fal:
         if heard.is_success and place is not None:
             return Pending(msgspec.json.encode(place).decode(), POLL_RUNNING_S)
         if heard.is_success and not _says_why(heard.body):
-            raise _unreadable(heard, "no job that could be asked for at this host")
+            detail = "no job that could be asked for at this host"
+            raise unreadable(detail, heard.status)
         raise self._refused(heard)
 
     def stream(self, job: ImageJob) -> AsyncGenerator[Partial | Done, None]:  # noqa: ARG002 - the contract's
         """Fail: partial pictures are not shown."""
-        raise _unable("no streams here")
+        raise unable("no streams here")
 
     async def poll(self, job: ImageJob, job_id: str) -> Done | Pending:
         """Ask how the job is, and for its pictures when it has ended.
@@ -221,7 +202,7 @@ class Fal:
 
     def _submission(self, job: ImageJob) -> Call:
         if job.operation is Operation.EDIT:
-            _check_edit(job, self.capabilities(job.model))
+            check_edit(job, self.capabilities(job.model))
         headers = {
             # Else fal tries again by itself, up to ten times, and hides its trouble.
             "x-fal-no-retry": "1",
@@ -235,7 +216,7 @@ class Fal:
         return Call(
             "POST",
             f"{self.account.base_url.rstrip('/')}/{endpoint(job, self.options)}",
-            asyncio.get_running_loop().time() + job.deadline_s,
+            deadline_in(job.deadline_s),
             headers=self._headers(headers),
             body=json_body(job_fields(job)),
             secret=self.account.secret,
@@ -245,7 +226,7 @@ class Fal:
         return Call(
             method,
             f"{self.origin}{path}",
-            asyncio.get_running_loop().time() + min(job.deadline_s, READ_MAX_S),
+            deadline_in(min(job.deadline_s, self.tools.wire.read_max_s)),
             headers=self._headers({}),
             secret=self.account.secret,
         )
@@ -259,9 +240,11 @@ class Fal:
             raise _gone(heard, Billed.MAYBE)
         if not heard.is_success:
             raise self._refused(heard)
-        told = _object(heard.body)
+        told = as_object(heard.body)
         if told.get("status") not in _STATES:
-            raise _unreadable(heard, f"the status {str(told.get('status'))[:40]!r}")
+            raise unreadable(
+                f"the status {str(told.get('status'))[:40]!r}", heard.status
+            )
         return told
 
     async def _result(self, job: ImageJob, place: Place, told: Fields) -> Done | None:
@@ -273,67 +256,35 @@ class Fal:
                 return None
             if not heard.is_success:
                 raise self._verdict(heard, told)
-            limit_s = asyncio.get_running_loop().time() + job.deadline_s
-            harvest = await self._harvest(heard, job.n, limit_s)
+            images, lost = await collected(
+                heard.items[: job.n],
+                partial(self._image, heard, deadline_in(job.deadline_s)),
+            )
         finally:
             heard.close()
-        if not harvest.images:
-            raise self._why_nothing(heard, told, harvest)
-        usage = _object(heard.body).get("usage")
-        trusted = (
-            harvest.is_whole and not harvest.lost and self.options.usage == "trust"
-        )
+        if not images:
+            raise self._why_nothing(heard, told, lost)
+        # The usage of other pictures than are delivered is not the tenant's.
+        is_whole = len(heard.items) <= job.n and not heard.faults and lost is None
+        trusted = is_whole and self.options.usage == "trust"
         return Done(
-            images=tuple(harvest.images),
-            usage=read_usage(usage) if trusted else None,
+            images=tuple(images),
+            usage=read_usage(as_object(heard.body).get("usage")) if trusted else None,
             units_millionths=_units_millionths(heard.headers),
             upstream_request_id=place.request_id,
         )
 
-    async def _harvest(self, heard: _Heard, n: int, deadline_at_s: float) -> _Harvest:
-        listed = _object(heard.body).get("images")
-        items = listed if isinstance(listed, list) else []
-        faults = heard.answer.faults if heard.answer else ()
-        harvest = _Harvest(faults, len(items) <= n and not faults)
-        try:
-            for item in items[:n]:
-                try:
-                    image = await self._image(heard, _object(item), deadline_at_s)
-                except ProviderError as error:
-                    harvest.lost = error
-                else:
-                    harvest.images += [image] if image is not None else []
-        except BaseException:
-            harvest.close()
-            raise
-        return harvest
-
     async def _image(
-        self, heard: _Heard, item: Fields, deadline_at_s: float
+        self, heard: _Heard, deadline_at_s: float, item: object
     ) -> MadeImage | None:
-        url = item.get("url")
+        url = as_object(item).get("url")
         picture = heard.answer.take(url) if heard.answer else None
         if picture is None and isinstance(url, str) and "/" in url:
-            picture = await self._fetched(url, deadline_at_s)
-        if picture is None:
-            return None
-        header = picture.header
-        return MadeImage(
-            picture.spool, header.media_type, header.width_px, header.height_px
-        )
-
-    async def _fetched(self, url: str, deadline_at_s: float) -> Picture:
-        home = urlsplit(self.origin).hostname or ""
-        hosts = DOWNLOAD_HOSTS | self.options.download_hosts | {home}
-        download = Download(url, hosts, deadline_at_s, secret=self.account.secret)
-        spool = await self.tools.wire.download(download, self.tools.spools)
-        try:
-            return Picture(spool, read_payload_header(spool))
-        except (NotAnImageError, OSError) as error:
-            spool.close()
-            raise ProviderError(
-                FailureKind.RESULT_LOST, f"what the link gave is {error}"
-            ) from error
+            home = urlsplit(self.origin).hostname or ""
+            hosts = DOWNLOAD_HOSTS | self.options.download_hosts | {home}
+            download = Download(url, hosts, deadline_at_s, secret=self.account.secret)
+            picture = await fetched(download, self.tools)
+        return made(picture) if picture else None
 
     async def _told(self, call: Call) -> _Heard:
         """Make a call whose answer holds no pictures."""
@@ -345,31 +296,16 @@ class Fal:
         """Make a call and read its answer, pictures in it straight into spools."""
         async with self.tools.wire.exchange(call) as reply:
             if not reply.is_success:
-                body = _decoded(await reply.error_body())
+                body = decoded(await reply.error_body())
                 return _Heard(reply.status, reply.headers, body)
-            answer = await self._read(reply)
+            answer = await read_answer(reply, self.tools.spools)
             return _Heard(reply.status, reply.headers, answer.body, answer)
-
-    async def _read(self, reply: Reply) -> Answer:
-        reader = AnswerReader(self.tools.spools)
-        try:
-            async with aclosing(reply.chunks()) as chunks:
-                async for chunk in chunks:
-                    reader.feed(chunk)
-            return reader.finish()
-        except UnreadableAnswerError as error:
-            raise _unreadable(reply, str(error)) from error
-        except OSError as error:
-            raise ProviderError(
-                FailureKind.RESULT_LOST, f"no room for the answer: {error.strerror}"
-            ) from error
-        finally:
-            reader.close()
 
     def _refused(self, heard: _Heard) -> ProviderError:
         """Classify an error answer: what is wrong with the call itself."""
         headers = heard.headers
-        word = _object(heard.body).get("error_type") or headers.get("x-fal-error-type")
+        told = as_object(heard.body)
+        word = told.get("error_type") or headers.get("x-fal-error-type")
         kinds = _KIND_BY_CODE
         if headers.get("x-fal-request-timeout-type") == "user":
             kinds = {**kinds, **_NOT_STARTED_IN_TIME}
@@ -399,18 +335,18 @@ class Fal:
         return error
 
     def _why_nothing(
-        self, heard: _Heard, told: Fields, harvest: _Harvest
+        self, heard: _Heard, told: Fields, lost: ProviderError | None
     ) -> ProviderError:
         if told.get("error") or told.get("error_type"):
             return self._verdict(_Heard(heard.status, {}, None), told)
         if _says_why(heard.body):
             error = self._refused(heard)
-        elif harvest.faults:
-            error = _unreadable(heard, f"pictures: {'; '.join(harvest.faults)}")
-        elif harvest.lost is not None:
-            error = harvest.lost
-        elif "images" not in _object(heard.body):
-            return _unreadable(heard, "an object that is no result")
+        elif heard.faults:
+            error = unreadable(f"pictures: {'; '.join(heard.faults)}", heard.status)
+        elif lost is not None:
+            error = lost
+        elif "images" not in as_object(heard.body):
+            return unreadable("an object that is no result", heard.status)
         else:
             error = ProviderError(
                 FailureKind.NO_OUTPUT,
@@ -473,15 +409,6 @@ def _image_size(job: ImageJob, *, words: bool) -> object:
     return {"width": width_px, "height": height_px}
 
 
-def _check_edit(job: ImageJob, capable: Capabilities) -> None:
-    if Operation.EDIT not in capable.operations:
-        raise _unable("no edits here")
-    if not 1 <= len(job.references) <= capable.references_max:
-        raise _unable(f"no edits of {len(job.references)} pictures here")
-    if job.mask is not None and not capable.mask:
-        raise _unable("no masks here")
-
-
 _STATES = frozenset({"IN_QUEUE", "IN_PROGRESS", "COMPLETED"})
 _GONE = frozenset({404, 410})
 _TOO_LATE = frozenset({400, 404, 410})
@@ -535,17 +462,27 @@ class _Heard:
         return self.answer is not None
 
     @property
+    def items(self) -> list[object]:
+        """The pictures that it lists, good or not."""
+        listed = as_object(self.body).get("images")
+        return listed if isinstance(listed, list) else []
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        return self.answer.faults if self.answer is not None else ()
+
+    @property
     def is_at_work(self) -> bool:
         """Whether it says, in place of a result, that there is none yet."""
         if self.status == _AT_WORK:
             return True
-        detail = _object(self.body).get("detail")
+        detail = as_object(self.body).get("detail")
         return isinstance(detail, str) and bool(_STILL_AT_WORK.search(detail))
 
     @property
     def is_of_a_job(self) -> bool:
         """Whether an error is what a job has left, not trouble with reading it."""
-        body = _object(self.body)
+        body = as_object(self.body)
         marked = {"x-fal-error-type", "x-fal-retryable"} & self.headers.keys()
         marked_inside = "error_type" in body or isinstance(body.get("detail"), list)
         return bool(marked) or marked_inside or self.status in _OF_A_JOB
@@ -553,20 +490,6 @@ class _Heard:
     def close(self) -> None:
         if self.answer is not None:
             self.answer.close()
-
-
-@dataclass(slots=True)
-class _Harvest:
-    """The pictures of a result, and the last trouble with one that is a link."""
-
-    faults: tuple[str, ...]
-    is_whole: bool
-    images: list[MadeImage] = field(default_factory=list)
-    lost: ProviderError | None = None
-
-    def close(self) -> None:
-        for image in self.images:
-            image.payload.close()
 
 
 @contextmanager
@@ -601,15 +524,6 @@ def _units_millionths(headers: Mapping[str, str]) -> int | None:
     return int((units * 1_000_000).to_integral_value(ROUND_HALF_UP))
 
 
-def _unreadable(heard: Reply | _Heard, detail: str) -> ProviderError:
-    return ProviderError(
-        FailureKind.BAD_GATEWAY,
-        f"{heard.status} with what cannot be used: {detail}"[:TEXT_MAX_CHARS],
-        status=heard.status,
-        billed=Billed.MAYBE,
-    )
-
-
 def _gone(heard: _Heard, billed: Billed) -> ProviderError:
     return ProviderError(
         FailureKind.RESULT_LOST,
@@ -620,20 +534,16 @@ def _gone(heard: _Heard, billed: Billed) -> ProviderError:
     )
 
 
-def _unable(detail: str) -> ProviderError:
-    return ProviderError(FailureKind.UNSUPPORTED, detail)
-
-
 def _read_place(job_id: str) -> Place:
     try:
         return msgspec.json.decode(job_id, type=Place)
     except (msgspec.DecodeError, UnicodeError) as error:
-        raise _unable("this is no job of fal's queue") from error
+        raise unable("this is no job of fal's queue") from error
 
 
 def _place_of(body: object, origin: str) -> Place | None:
     """Read where a job is asked for; None unless all of it is at the key's own host."""
-    told = _object(body)
+    told = as_object(body)
     urls = (told.get(f"{name}_url") for name in ("status", "response", "cancel"))
     paths = (_path(url, origin) for url in urls)
     try:
@@ -643,23 +553,12 @@ def _place_of(body: object, origin: str) -> Place | None:
 
 
 def _path(url: object, origin: str) -> str | None:
-    if not isinstance(url, str) or not is_at_home(url, origin):
+    if not is_at_home(url, origin):
         return None
     parts = urlsplit(url)
     return f"{parts.path}?{parts.query}" if parts.query else parts.path
 
 
 def _says_why(body: object) -> bool:
-    found = _object(body)
+    found = as_object(body)
     return bool(found.get("detail") or found.get("error"))
-
-
-def _decoded(body: bytes) -> object:
-    try:
-        return msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
-
-
-def _object(value: object) -> Fields:
-    return value if isinstance(value, dict) else {}

@@ -5,7 +5,6 @@ What such servers do differently is an option of the account, see ``Quirks``.
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -27,7 +26,7 @@ from providers.kit.contract import (
 )
 from providers.kit.image_jobs import check_edit, edit_form, job_fields, unable
 from providers.kit.images_api import ImagesApi
-from providers.kit.wire import Call, Tools
+from providers.kit.wire import Call, Tools, deadline_in
 
 _GPT_IMAGE = re.compile(r"(?:.*/)?(?:gpt-image-|chatgpt-image-)")
 
@@ -125,7 +124,7 @@ class OpenAI:
         return Call(
             "POST",
             self._url(path),
-            asyncio.get_running_loop().time() + job.deadline_s,
+            deadline_in(job.deadline_s),
             headers=headers,
             json=None if edit else fields,
             body=edit_form(job, fields) if edit else None,

@@ -7,7 +7,6 @@ account, see ``Quirks``.
 
 from __future__ import annotations
 
-import asyncio
 import math
 import re
 from collections.abc import AsyncGenerator, Mapping
@@ -18,7 +17,8 @@ from typing import Annotated, Literal, get_args
 
 import msgspec
 
-from providers.kit.accounts import check_base_url, check_secret, read_options
+from providers.kit.abilities import Format, Size, Word, operations, sizes_px
+from providers.kit.accounts import check_account, read_options
 from providers.kit.contract import (
     Account,
     Cancelled,
@@ -32,11 +32,13 @@ from providers.kit.contract import (
     ProviderError,
     Usage,
 )
+from providers.kit.image_jobs import check_edit, unable
 from providers.kit.images_api import Background, ImagesApi, Quality
 from providers.kit.json_bodies import json_body
-from providers.kit.refusals import Refusal, decoded, judge
+from providers.kit.refusals import Refusal, judge
+from providers.kit.replies import as_object, decoded
 from providers.kit.usages import read_nanousd, read_usage
-from providers.kit.wire import Call, Tools
+from providers.kit.wire import Call, Tools, deadline_in
 
 PATH = "/images"
 RATIOS = frozenset(
@@ -48,18 +50,15 @@ RATIOS = frozenset(
 )
 """The aspect ratios in whole numbers that OpenRouter has a name for."""
 
-Format = Literal["png", "jpeg", "webp"]
-Plain = Annotated[str, msgspec.Meta(pattern="^[!-~]+$")]
-Size = Annotated[str, msgspec.Meta(pattern="^[1-9][0-9]{1,4}x[1-9][0-9]{1,4}$")]
 Field = Literal["size", "quality", "output_format", "output_compression", "user"]
 
 
 class Routing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which providers OpenRouter may ask, as it takes it in ``provider``."""
 
-    only: tuple[Plain, ...] = ()
-    order: tuple[Plain, ...] = ()
-    ignore: tuple[Plain, ...] = ()
+    only: tuple[Word, ...] = ()
+    order: tuple[Word, ...] = ()
+    ignore: tuple[Word, ...] = ()
     sort: Literal["price", "throughput", "latency", ""] = ""
     allow_fallbacks: bool = True
 
@@ -94,10 +93,7 @@ def connect(account: Account, tools: Tools) -> OpenRouter:
         ValueError: the message names the option that is wrong.
     """
     quirks = read_quirks(account.options)
-    check_base_url(account.base_url)
-    check_secret(account.secret)
-    if not account.secret:
-        raise ValueError("credential: is empty")
+    check_account(account)
     return OpenRouter(account, tools, quirks)
 
 
@@ -130,11 +126,9 @@ class OpenRouter:
         """Tell what the account's options allow."""
         quirks = self.quirks
         return Capabilities(
-            operations=frozenset(Operation)
-            if quirks.edits
-            else frozenset({Operation.GENERATE}),
+            operations=operations(edits=quirks.edits),
             n_max=quirks.n_max,
-            sizes=frozenset(map(_pixels, quirks.sizes)),
+            sizes=sizes_px(quirks.sizes),
             qualities=frozenset(quirks.qualities),
             output_formats=frozenset(quirks.output_formats),
             backgrounds=frozenset(quirks.backgrounds),
@@ -149,7 +143,7 @@ class OpenRouter:
     async def stream(self, job: ImageJob) -> AsyncGenerator[Partial | Done, None]:
         """Make the pictures, and show how they come along."""
         if not self.quirks.stream:
-            raise _unable("no streams here")
+            raise unable("no streams here")
         looks = self._api(job).follow(self._call(job, stream=True), job)
         async with aclosing(looks):
             async for look in looks:
@@ -157,11 +151,11 @@ class OpenRouter:
 
     async def poll(self, job: ImageJob, job_id: str) -> Done | Pending:  # noqa: ARG002 - the contract's
         """Fail: no job is ever left pending by this API."""
-        raise _unable("this API has no jobs to ask for")
+        raise unable("this API has no jobs to ask for")
 
     async def cancel(self, job: ImageJob, job_id: str) -> Cancelled | None:  # noqa: ARG002 - the contract's
         """Fail: no job is ever left pending by this API."""
-        raise _unable("this API has no jobs to ask for")
+        raise unable("this API has no jobs to ask for")
 
     async def close(self) -> None:
         """Nothing to give back: the connections belong to the wire."""
@@ -180,7 +174,7 @@ class OpenRouter:
     def _call(self, job: ImageJob, *, stream: bool = False) -> Call:
         edit = job.operation is Operation.EDIT
         if edit:
-            _check_edit(job, self.capabilities(job.model))
+            check_edit(job, self.capabilities(job.model))
         fields = job_fields(job, self.quirks, stream=stream)
         headers = {"Authorization": f"Bearer {self.account.secret}"}
         if stream:
@@ -188,7 +182,7 @@ class OpenRouter:
         return Call(
             "POST",
             self.account.base_url.rstrip("/") + PATH,
-            asyncio.get_running_loop().time() + job.deadline_s,
+            deadline_in(job.deadline_s),
             headers=headers,
             json=None if edit else fields,
             body=json_body(fields) if edit else None,
@@ -279,10 +273,10 @@ def judged(
     What the provider behind it answered is looked at, too. That such a provider wants
     a credential or money is between the two of them: BAD_GATEWAY.
     """
-    told = _object(_object(body).get("error"))
+    told = as_object(as_object(body).get("error"))
     if told.get("name") == "ZodError":
         return _misfit(status, headers, str(told.get("message")), secret)
-    metadata = _object(told.get("metadata"))
+    metadata = as_object(told.get("metadata"))
     refused = _with_provider(Refusal.of(status, headers, body), metadata)
     kind = _kind_by_metadata(metadata)
     if kind is not None:
@@ -389,7 +383,7 @@ def _misfit(
     issues = decoded(message.encode(errors="replace"))
     told: list[str] = []
     fields: set[object] = set()
-    for issue in map(_object, issues if isinstance(issues, list) else []):
+    for issue in map(as_object, issues if isinstance(issues, list) else []):
         path = issue.get("path")
         fields.add(path[0] if isinstance(path, list) and path else None)
         told.append(f"{path}: {issue.get('message')}")
@@ -432,20 +426,3 @@ def _ratio(width_px: int, height_px: int) -> str:
 def _pixels(size: str) -> tuple[int, int]:
     width, _, height = size.partition("x")
     return int(width), int(height)
-
-
-def _check_edit(job: ImageJob, capable: Capabilities) -> None:
-    if Operation.EDIT not in capable.operations:
-        raise _unable("no edits here")
-    if not 1 <= len(job.references) <= capable.references_max:
-        raise _unable(f"no edits of {len(job.references)} pictures here")
-    if job.mask is not None:
-        raise _unable("no masks here")
-
-
-def _unable(detail: str) -> ProviderError:
-    return ProviderError(FailureKind.UNSUPPORTED, detail)
-
-
-def _object(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, dict) else {}

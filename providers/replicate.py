@@ -9,20 +9,16 @@ import asyncio
 import binascii
 import re
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Literal, get_args
 from urllib.parse import urlsplit
 
 import msgspec
 
-from providers.kit.accounts import (
-    check_base_url,
-    check_secret,
-    is_at_home,
-    read_options,
-)
+from providers.kit.abilities import Format, Host, Word, operations, sizes_px
+from providers.kit.accounts import check_account, is_at_home, read_options
 from providers.kit.contract import (
     Account,
     Billed,
@@ -38,18 +34,38 @@ from providers.kit.contract import (
     Pending,
     ProviderError,
 )
-from providers.kit.images import NotAnImageError, read_payload_header
+from providers.kit.image_jobs import check_edit, size_word, unable
 from providers.kit.images_api import Background
 from providers.kit.multipart import FormFile, form
 from providers.kit.payloads import base64_chunks, raw_length
+from providers.kit.pictures import (
+    collected,
+    described,
+    fetched,
+    hosts_for,
+    made,
+)
 from providers.kit.refusals import Refusal, judge, refusal
+from providers.kit.replies import Fields, as_object, read_object, unreadable
 from providers.kit.spool import Spool
-from providers.kit.wire import Body, Call, Download, Reply, Tools, scrub
+from providers.kit.wire import (
+    Body,
+    Call,
+    Download,
+    Reply,
+    Tools,
+    deadline_in,
+    scrub,
+    unreadable_file,
+)
 
-PREDICTION_MAX_BYTES = 4 * 1024 * 1024
 INLINE_MAX_BYTES = 256 * 1024
 """References up to this size, all together, travel within the request itself."""
 CANCEL_AFTER_MIN_S = 5
+CREATE_MAX_S = 30.0
+"""For the id of a prediction, besides the time that the call is held open."""
+UPLOAD_MAX_S = 120.0
+"""For one reference."""
 
 _RUNNING = frozenset({"starting", "processing"})
 _ENDED = frozenset({"succeeded", "failed", "canceled", "aborted"})
@@ -82,13 +98,10 @@ _READ_KINDS = frozenset(
     }
 )
 
-Format = Literal["png", "jpeg", "webp"]
 Quality = Literal["auto", "low", "medium", "high", "xhigh", "max"]
-Host = Annotated[str, msgspec.Meta(pattern="^[0-9A-Za-z.:-]+$")]
 Size = Annotated[
     str, msgspec.Meta(pattern="^(?:auto|[1-9][0-9]{1,4}x[1-9][0-9]{1,4})$")
 ]
-Ratio = Annotated[str, msgspec.Meta(pattern="^[!-~]+$")]
 Id = Annotated[str, msgspec.Meta(pattern="^[0-9A-Za-z_-]{1,64}$")]
 
 _ASPECT_RATIOS: Mapping[str, str] = {
@@ -116,7 +129,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     wait_s: Annotated[int, msgspec.Meta(ge=0, le=60)] = 0
     poll_ms: Annotated[int, msgspec.Meta(ge=200, le=30_000)] = 1_000
-    aspect_ratios: dict[Size, Ratio] = msgspec.field(
+    aspect_ratios: dict[Size, Word] = msgspec.field(
         default_factory=lambda: dict(_ASPECT_RATIOS)
     )
     edits: bool = True
@@ -135,10 +148,7 @@ def connect(account: Account, tools: Tools) -> Replicate:
         ValueError: the message names the option that is wrong.
     """
     options = read_options(account.options, Options)
-    check_base_url(account.base_url)
-    check_secret(account.secret)
-    if not account.secret:
-        raise ValueError("credential: is empty")
+    check_account(account)
     return Replicate(account, tools, options)
 
 
@@ -173,13 +183,10 @@ class Replicate:
         """Tell what the account's options allow."""
         options = self.options
         named = (size for size in options.aspect_ratios if size != "auto")
-        sizes = (size.split("x") for size in named)
         return Capabilities(
-            operations=frozenset(Operation)
-            if options.edits
-            else frozenset({Operation.GENERATE}),
+            operations=operations(edits=options.edits),
             n_max=options.n_max,
-            sizes=frozenset((int(width), int(height)) for width, height in sizes),
+            sizes=sizes_px(named),
             qualities=frozenset(options.qualities),
             output_formats=frozenset(options.output_formats),
             backgrounds=frozenset(options.backgrounds),
@@ -190,6 +197,8 @@ class Replicate:
     async def start(self, job: ImageJob) -> Done | Pending:
         """Create the prediction, once; a call that is held open may bring its end."""
         _check(job, self.options)
+        if job.operation is Operation.EDIT:
+            check_edit(job, self.capabilities(job.model))
         loop = asyncio.get_running_loop()
         deadline_at_s = loop.time() + job.deadline_s
         pictures = await self._pictures(job, deadline_at_s)
@@ -200,7 +209,8 @@ class Replicate:
             headers=self._patience(deadline_at_s - loop.time()),
             json={"input": job_input(job, self.options, pictures)},
         )
-        prediction = await self._asked(call)
+        limit_s = CREATE_MAX_S + self.options.wait_s
+        prediction = await self._asked(call.within(limit_s))
         pending = Pending(self._job_id(prediction), self._poll_after_s)
         if prediction.status not in _ENDED:
             return pending
@@ -214,11 +224,11 @@ class Replicate:
 
     def stream(self, job: ImageJob) -> AsyncGenerator[Partial | Done, None]:  # noqa: ARG002 - the contract's
         """Fail: these models show no partial pictures here."""
-        raise _unable("no streams here")
+        raise unable("no streams here")
 
     async def poll(self, job: ImageJob, job_id: str) -> Done | Pending:
         """Ask after a prediction, and fetch its pictures when it has them."""
-        deadline_at_s = asyncio.get_running_loop().time() + job.deadline_s
+        deadline_at_s = deadline_in(job.deadline_s)
         call = self._call("GET", self._found(job_id).get, deadline_at_s)
         prediction = await self._read(call)
         if prediction.status in _ENDED:
@@ -233,7 +243,7 @@ class Replicate:
 
     async def cancel(self, job: ImageJob, job_id: str) -> Cancelled | None:
         """Stop a prediction: it is charged once it has started, else not."""
-        deadline_at_s = asyncio.get_running_loop().time() + job.deadline_s
+        deadline_at_s = deadline_in(job.deadline_s)
         call = self._call("POST", self._found(job_id).cancel, deadline_at_s)
         prediction = await self._read(call)
         if prediction.status in {"succeeded", "failed"}:
@@ -293,9 +303,7 @@ class Replicate:
                     link = _data_uri(reference)
                     left_bytes -= size_bytes
             except OSError as error:
-                raise ProviderError(
-                    FailureKind.NETWORK, f"a file cannot be read: {error.strerror}"
-                ) from error
+                raise unreadable_file(error) from error
             links.append(link)
         return links
 
@@ -303,12 +311,12 @@ class Replicate:
         body = form([], [FormFile("content", reference)])
         call = self._call("POST", f"{self._home}/files", deadline_at_s, body=body)
         try:
-            async with self.tools.wire.exchange(call) as reply:
-                told = _object(await _json(reply, call))
+            async with self.tools.wire.exchange(call.within(UPLOAD_MAX_S)) as reply:
+                told = await _told(reply, call)
         except ProviderError as error:
             raise _of_an_upload(error) from error
-        url = _object(told.get("urls")).get("get")
-        if not isinstance(url, str) or not is_at_home(url, self.account.base_url):
+        url = as_object(told.get("urls")).get("get")
+        if not is_at_home(url, self.account.base_url):
             raise ProviderError(
                 FailureKind.BAD_GATEWAY, "an uploaded file got no URL of this upstream"
             )
@@ -316,33 +324,32 @@ class Replicate:
 
     async def _asked(self, call: Call) -> Prediction:
         async with self.tools.wire.exchange(call) as reply:
-            told = await _json(reply, call)
+            told = await _told(reply, call)
         try:
             return msgspec.convert(told, Prediction)
         except msgspec.ValidationError as error:
             if told.get("error") or told.get("detail"):
                 refused = Refusal.of(reply.status, reply.headers, told)
                 raise judge(refused, call.secret) from error
-            raise _unreadable(f"no prediction: {error}", reply, call) from error
+            detail = f"no prediction: {error}"
+            raise unreadable(detail, reply.status, call.secret) from error
 
     async def _read(self, call: Call) -> Prediction:
         try:
-            return await self._asked(call)
+            return await self._asked(call.within(self.tools.wire.read_max_s))
         except ProviderError as error:
             raise _of_a_read(error) from error
 
     def _job_id(self, prediction: Prediction) -> str:
         # A URL elsewhere is not followed: the documented one at home finds it too.
-        urls = _object(prediction.urls)
+        urls = as_object(prediction.urls)
         get, cancel = urls.get("get"), urls.get("cancel")
         home = self.account.base_url
         ours = f"{self._home}/predictions/{prediction.id}"
         job = JobId(
             id=prediction.id,
-            get=get if isinstance(get, str) and is_at_home(get, home) else ours,
-            cancel=cancel
-            if isinstance(cancel, str) and is_at_home(cancel, home)
-            else f"{ours}/cancel",
+            get=get if is_at_home(get, home) else ours,
+            cancel=cancel if is_at_home(cancel, home) else f"{ours}/cancel",
         )
         return msgspec.json.encode(job).decode()
 
@@ -350,12 +357,12 @@ class Replicate:
         try:
             job = msgspec.json.decode(job_id, type=JobId)
         except (msgspec.DecodeError, UnicodeError) as error:
-            raise _unable("this is no prediction") from error
+            raise unable("this is no prediction") from error
         # The base URL may have been changed since.
         if not all(
             is_at_home(url, self.account.base_url) for url in (job.get, job.cancel)
         ):
-            raise _unable("this prediction is at another host")
+            raise unable("this prediction is at another host")
         return job
 
     async def _end(
@@ -372,46 +379,26 @@ class Replicate:
                 ended=True,
             )
         links = _links(prediction.output)[: job.n]
-        if not links:
-            raise _nothing(prediction)
+        images, lost = await collected(links, partial(self._image, deadline_at_s))
+        if not images:
+            raise lost or _nothing(prediction)
         return Done(
-            images=await self._collected(links, deadline_at_s),
+            images=tuple(images),
             usage=None,
             upstream_request_id=prediction.id,
         )
 
-    async def _collected(
-        self, links: list[str], deadline_at_s: float
-    ) -> tuple[MadeImage, ...]:
-        """Fetch what can be fetched; fails when that is nothing."""
-        images: list[MadeImage] = []
-        lost: ProviderError | None = None
+    async def _image(self, deadline_at_s: float, link: str) -> MadeImage:
         try:
-            for link in links:
-                try:
-                    images.append(await self._image(link, deadline_at_s))
-                except ProviderError as error:
-                    lost = error
-        except BaseException:
-            for image in images:
-                image.payload.close()
-            raise
-        if lost is not None and not images:
-            raise lost
-        return tuple(images)
-
-    async def _image(self, link: str, deadline_at_s: float) -> MadeImage:
-        spool = (
-            self._written(link)
-            if link.startswith("data:")
-            else await self._fetched(link, deadline_at_s)
-        )
-        try:
-            header = read_payload_header(spool)
-        except (NotAnImageError, OSError) as error:
-            spool.close()
-            raise _lost(f"what the link gave is {error}") from error
-        return MadeImage(spool, header.media_type, header.width_px, header.height_px)
+            if link.startswith("data:"):
+                return made(described(self._written(link)))
+            home = urlsplit(self.account.base_url).hostname or ""
+            domains = self.options.download_hosts
+            hosts = hosts_for(link, domains | {home}, domains)
+            download = Download(link, hosts, deadline_at_s, secret=self.account.secret)
+            return made(await fetched(download, self.tools))
+        except ProviderError as error:
+            raise _of_a_picture(error) from error
 
     def _written(self, uri: str) -> Spool:
         head, _, text = uri.partition(",")
@@ -423,27 +410,6 @@ class Replicate:
         except (ValueError, OSError) as error:
             raise _lost(f"a data URI that cannot be kept: {error}") from error
 
-    async def _fetched(self, url: str, deadline_at_s: float) -> Spool:
-        download = Download(
-            url, self._hosts(url), deadline_at_s, secret=self.account.secret
-        )
-        try:
-            return await self.tools.wire.download(download, self.tools.spools)
-        except ProviderError as error:
-            raise _of_a_download(error) from error
-
-    def _hosts(self, url: str) -> frozenset[str]:
-        """Tell who may be asked; a subdomain counts as the host it belongs to."""
-        home = urlsplit(self.account.base_url).hostname or ""
-        allowed = self.options.download_hosts | {home}
-        try:
-            host = (urlsplit(url).hostname or "").lower()
-        except ValueError:
-            return allowed
-        parents = {f".{name.lower()}" for name in self.options.download_hosts}
-        belongs = any(host.endswith(parent) for parent in parents)
-        return allowed | {host} if belongs else allowed
-
 
 def job_input(
     job: ImageJob, options: Options, pictures: list[str]
@@ -452,7 +418,7 @@ def job_input(
     fields: dict[str, object] = {
         "prompt": job.prompt,
         "quality": job.quality,
-        "aspect_ratio": options.aspect_ratios.get(_size(job)),
+        "aspect_ratio": options.aspect_ratios.get(size_word(job)),
         "number_of_images": job.n,
         # Always said: theirs is webp, unless told.
         "output_format": job.output_format,
@@ -474,22 +440,9 @@ _BILLED_BY_STATE: Mapping[str, Billed] = {
 
 def _check(job: ImageJob, options: Options) -> None:
     if not _MODEL.fullmatch(job.model):
-        raise _unable("a model is owner/name here")
-    if _size(job) not in options.aspect_ratios:
-        raise _unable(f"no pictures of {_size(job)} here")
-    if job.mask is not None:
-        raise _unable("no masks here")
-    if job.operation is Operation.EDIT:
-        if not options.edits:
-            raise _unable("no edits here")
-        if not 1 <= len(job.references) <= options.references_max:
-            raise _unable(f"no edits of {len(job.references)} pictures here")
-
-
-def _size(job: ImageJob) -> str:
-    if job.width_px is None or job.height_px is None:
-        return "auto"
-    return f"{job.width_px}x{job.height_px}"
+        raise unable("a model is owner/name here")
+    if size_word(job) not in options.aspect_ratios:
+        raise unable(f"no pictures of {size_word(job)} here")
 
 
 def _data_uri(reference: InputFile) -> str:
@@ -497,25 +450,11 @@ def _data_uri(reference: InputFile) -> str:
     return f"data:{reference.media_type};base64,{text}"
 
 
-async def _json(reply: Reply, call: Call) -> Mapping[str, object]:
+async def _told(reply: Reply, call: Call) -> Fields:
     """Read an answer whole, up to its limit."""
     if not reply.is_success:
         raise _refused(reply, await reply.error_body(), call)
-    body = bytearray()
-    async with aclosing(reply.chunks()) as chunks:
-        async for chunk in chunks:
-            body += chunk
-            if len(body) > PREDICTION_MAX_BYTES:
-                raise _unreadable(
-                    f"more than {PREDICTION_MAX_BYTES} bytes", reply, call
-                )
-    try:
-        told = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _unreadable(f"not JSON: {error}", reply, call) from error
-    if not isinstance(told, dict):
-        raise _unreadable("no object", reply, call)
-    return told
+    return await read_object(reply, secret=call.secret)
 
 
 def _refused(reply: Reply, body: bytes, call: Call) -> ProviderError:
@@ -526,15 +465,6 @@ def _refused(reply: Reply, body: bytes, call: Call) -> ProviderError:
         error.kind = FailureKind.UNSUPPORTED
         error.client_message = None
     return error
-
-
-def _unreadable(detail: str, reply: Reply, call: Call) -> ProviderError:
-    return ProviderError(
-        FailureKind.BAD_GATEWAY,
-        scrub(f"{reply.status} with what cannot be used: {detail}", call.secret),
-        status=reply.status,
-        billed=Billed.MAYBE,
-    )
 
 
 def _of_an_upload(error: ProviderError) -> ProviderError:
@@ -569,7 +499,7 @@ def _of_a_read(error: ProviderError) -> ProviderError:
     )
 
 
-def _of_a_download(error: ProviderError) -> ProviderError:
+def _of_a_picture(error: ProviderError) -> ProviderError:
     """Tell a picture that is gone from one that cannot be fetched just now."""
     cause = error.__cause__
     status = error.status or 0
@@ -624,11 +554,3 @@ def _failed(prediction: Prediction, secret: str) -> ProviderError:
 def _links(output: object) -> list[str]:
     listed = output if isinstance(output, list) else [output]
     return [link for link in listed if isinstance(link, str) and link]
-
-
-def _object(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, dict) else {}
-
-
-def _unable(detail: str) -> ProviderError:
-    return ProviderError(FailureKind.UNSUPPORTED, detail)

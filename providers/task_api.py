@@ -8,16 +8,24 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from decimal import ROUND_CEILING, Decimal
+from functools import partial
 from typing import Annotated, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
 import msgspec
 
-from providers.kit.accounts import check_base_url, check_secret, read_options
-from providers.kit.answers import Answer, AnswerReader, Picture, UnreadableAnswerError
+from providers.kit.abilities import (
+    Format,
+    Host,
+    Plain,
+    Size,
+    operations,
+    sizes_px,
+)
+from providers.kit.accounts import check_account, check_base_url, read_options
+from providers.kit.answers import Answer
 from providers.kit.contract import (
     Account,
     Billed,
@@ -33,25 +41,27 @@ from providers.kit.contract import (
     Pending,
     ProviderError,
 )
-from providers.kit.images import NotAnImageError, read_payload_header
+from providers.kit.image_jobs import check_edit, unable
 from providers.kit.images_api import Background, Quality
 from providers.kit.json_bodies import json_body
 from providers.kit.multipart import FormFile, form
+from providers.kit.pictures import collected, fetched, hosts_for, made
 from providers.kit.refusals import Refusal, judge
+from providers.kit.replies import Fields, as_object, decoded, read_answer, unreadable
 from providers.kit.usages import read_usage
 from providers.kit.wire import (
-    TEXT_MAX_CHARS,
     Call,
     Download,
     Reply,
     Tools,
+    deadline_in,
     scrub,
+    unreadable_file,
 )
 
 SUBMIT_MAX_S = 30.0
-READ_MAX_S = 15.0
 UPLOAD_MAX_S = 120.0
-"""These three are the patience of EvoLink's own client."""
+"""These two are the patience of EvoLink's own client."""
 REPLAY_PAUSE_S = 0.5
 """Before a submission whose reply was lost is repeated, as that client does."""
 CREDITS_PER_USD = 68
@@ -61,19 +71,13 @@ MILLIONTHS = 10**6
 AMOUNT_MAX = Decimal(10**9)
 """An amount of money or credits beyond this is none."""
 PROGRESS_MAX = 100
-URL_MAX_CHARS = 2048
 
 _TASK_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z._:-]{0,127}")
 _PERCENT = re.compile(r"([0-9]{1,3})%?")
 
 T = TypeVar("T")
-Fields = Mapping[str, object]
-Format = Literal["png", "jpeg", "webp"]
 References = Literal["upload", "data_uri", "none"]
-Plain = Annotated[str, msgspec.Meta(pattern="^[!-~]*$")]
 Path = Annotated[str, msgspec.Meta(pattern="^/[!-~]*$")]
-Host = Annotated[str, msgspec.Meta(pattern="^[0-9A-Za-z.:-]+$")]
-Size = Annotated[str, msgspec.Meta(pattern="^[1-9][0-9]{1,4}x[1-9][0-9]{1,4}$")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,10 +263,7 @@ def connect(account: Account, tools: Tools) -> TaskApi:
         ValueError: the message names the option that is wrong.
     """
     options = read_options(account.options, Options)
-    check_base_url(account.base_url)
-    check_secret(account.secret)
-    if not account.secret:
-        raise ValueError("credential: is empty")
+    check_account(account)
     files_url = options.files_url or _files_url(account.base_url)
     check_base_url(files_url, "files_url")
     dialect = DIALECTS[options.dialect]
@@ -302,8 +303,7 @@ class TaskApi:
     def capabilities(self, model: str) -> Capabilities:
         """Tell what a model can do, as far as the account's options allow."""
         options, dialect = self.options, self.dialect
-        split = (size.split("x") for size in options.sizes)
-        sizes = frozenset((int(width), int(height)) for width, height in split)
+        sizes = sizes_px(options.sizes)
         mask, formats, backgrounds = dialect.mask, dialect.formats, dialect.backgrounds
         n_max = options.n_max
         made = self._sizes_of(model)
@@ -314,9 +314,7 @@ class TaskApi:
             backgrounds = frozenset({"opaque"})
         edits = dialect.references != "none"
         return Capabilities(
-            operations=frozenset(Operation)
-            if edits
-            else frozenset({Operation.GENERATE}),
+            operations=operations(edits=edits),
             n_max=n_max,
             sizes=sizes,
             qualities=frozenset(options.qualities),
@@ -333,10 +331,10 @@ class TaskApi:
         When the reply is lost, EvoLink is asked once more with the same key: it
         answers with the task that it has, and never starts a second one.
         """
-        end_s = _now_s() + job.deadline_s
+        end_s = deadline_in(job.deadline_s)
         fields = _fields(job, self._sizes_of(job.model))
         if job.operation is Operation.EDIT:
-            _check_edit(job, self.capabilities(job.model))
+            check_edit(job, self.capabilities(job.model))
             fields |= await self._reference_fields(job, end_s)
         call = self._call("POST", self._url(self.dialect.submit_path), end_s)
         call = replace(call, body=json_body(fields))
@@ -344,7 +342,7 @@ class TaskApi:
             headers = {**call.headers, "Idempotency-Key": _key(job)}
             call = replace(call, headers=headers)
         try:
-            return await self._submitted(_within(call, SUBMIT_MAX_S))
+            return await self._submitted(call.within(SUBMIT_MAX_S))
         except ProviderError as error:
             if error.billed is Billed.NO or not self.dialect.replays:
                 raise
@@ -352,15 +350,17 @@ class TaskApi:
 
     def stream(self, job: ImageJob) -> AsyncGenerator[Partial | Done, None]:  # noqa: ARG002 - the contract's
         """Fail: a task shows nothing before it is over."""
-        raise _unable("no streams here")
+        raise unable("no streams here")
 
     async def poll(self, job: ImageJob, job_id: str) -> Done | Pending:
         """Look at a task, and fetch its pictures when it has ended."""
-        end_s = _now_s() + job.deadline_s
+        end_s = deadline_in(job.deadline_s)
         if not _TASK_ID.fullmatch(job_id):
-            raise _unable("no task has such an id")
+            raise unable("no task has such an id")
         path = self.dialect.task_path.replace("{id}", job_id)
-        call = _within(self._call("GET", self._url(path), end_s), READ_MAX_S)
+        call = self._call("GET", self._url(path), end_s).within(
+            self.tools.wire.read_max_s
+        )
         try:
             answer, reply = await self._asked(call)
         except ProviderError as error:
@@ -372,7 +372,7 @@ class TaskApi:
 
     async def cancel(self, job: ImageJob, job_id: str) -> Cancelled | None:  # noqa: ARG002 - the contract's
         """Fail: nobody documents how a task is stopped."""
-        raise _unable("tasks cannot be stopped here")
+        raise unable("tasks cannot be stopped here")
 
     async def close(self) -> None:
         """Nothing to give back: the connections belong to the wire."""
@@ -399,16 +399,14 @@ class TaskApi:
     async def _uploaded(self, file: InputFile, end_s: float) -> str:
         """Hand a file to EvoLink's file API; it gives an URL that lives for 72 h."""
         url = f"{self.files_url.rstrip('/')}/api/v1/files/upload/stream"
-        call = _within(self._call("POST", url, end_s), UPLOAD_MAX_S)
+        call = self._call("POST", url, end_s).within(UPLOAD_MAX_S)
         try:
             call = replace(call, body=form([], [FormFile("file", file)]))
             answer, reply = await self._asked(call)
             answer.close()
             return self._file_url(answer.body, reply)
         except OSError as error:
-            raise ProviderError(
-                FailureKind.NETWORK, f"a file cannot be read: {error.strerror}"
-            ) from error
+            raise unreadable_file(error) from error
         except ProviderError as error:
             # Nothing is bought before the task is submitted.
             if error.kind is FailureKind.TIMEOUT:
@@ -431,11 +429,11 @@ class TaskApi:
         return Pending(task_id, self._poll_after_s, _progress(_task_in(answer.body)))
 
     async def _replayed(self, call: Call, lost: ProviderError) -> Pending:
-        if _now_s() + self.replay_pause_s >= call.deadline_at_s:
+        if deadline_in(self.replay_pause_s) >= call.deadline_at_s:
             raise lost
         await asyncio.sleep(self.replay_pause_s)
         try:
-            return await self._submitted(_within(call, SUBMIT_MAX_S))
+            return await self._submitted(call.within(SUBMIT_MAX_S))
         except ProviderError as error:
             # What is wrong with the request was wrong the first time, too. Any other
             # refusal says nothing of what became of the first.
@@ -461,7 +459,14 @@ class TaskApi:
         raise _unread(error)
 
     async def _done(self, look: _Look) -> Done:
-        images, lost = await self._collect(look)
+        found = [
+            one
+            for place in self.dialect.pictures
+            for one in _found(look.task, place)
+            if isinstance(one, str)
+        ]
+        # Nobody asked, nor pays, for more than n.
+        images, lost = await collected(found[: look.job.n], partial(self._image, look))
         if not images:
             raise lost or _nothing(look)
         usage = _first_of(look.task, self.dialect.usage)
@@ -476,55 +481,18 @@ class TaskApi:
             background=look.job.background,
         )
 
-    async def _collect(
-        self, look: _Look
-    ) -> tuple[list[MadeImage], ProviderError | None]:
-        """Gather the pictures, and the last trouble with one of them."""
-        images: list[MadeImage] = []
-        lost: ProviderError | None = None
-        found = [
-            one
-            for place in self.dialect.pictures
-            for one in _found(look.task, place)
-            if isinstance(one, str)
-        ]
-        try:
-            # Nobody asked, nor pays, for more than n.
-            for one in found[: look.job.n]:
-                try:
-                    picture = look.answer.take(one) or await self._fetched(one, look)
-                except ProviderError as error:
-                    lost = error
-                else:
-                    images += [_made(picture)]
-        except BaseException:
-            for image in images:
-                image.payload.close()
-            raise
-        return images, lost
-
-    async def _fetched(self, url: str, look: _Look) -> Picture:
-        download = Download(
-            url, self._hosts(url), look.end_s, secret=self.account.secret
-        )
-        spool = await self.tools.wire.download(download, self.tools.spools)
-        try:
-            return Picture(spool, read_payload_header(spool))
-        except (NotAnImageError, OSError) as error:
-            spool.close()
-            raise ProviderError(
-                FailureKind.RESULT_LOST, f"what the link gave is {error}"
-            ) from error
-
-    def _hosts(self, url: str) -> frozenset[str]:
-        home = urlsplit(self.account.base_url).hostname or ""
-        hosts = self.options.download_hosts | {home}
-        try:
-            host = (urlsplit(url).hostname or "").lower()
-        except ValueError:
-            return hosts
-        ours = any(host.endswith(f".{domain}") for domain in self.dialect.hosts)
-        return hosts | {host} if ours else hosts
+    async def _image(self, look: _Look, one: str) -> MadeImage:
+        picture = look.answer.take(one)
+        if picture is None:
+            home = urlsplit(self.account.base_url).hostname or ""
+            hosts = hosts_for(
+                one, self.options.download_hosts | {home}, self.dialect.hosts
+            )
+            secret = self.account.secret
+            picture = await fetched(
+                Download(one, hosts, look.end_s, secret=secret), self.tools
+            )
+        return made(picture)
 
     def _cost_nanousd(self, task: Fields, spent: Decimal | None) -> int | None:
         # The credits are the ledger's; the price in USD is rounded for the eye.
@@ -551,7 +519,7 @@ class TaskApi:
 
     def _refused(self, body: object, reply: Reply) -> ProviderError:
         """Classify an error, or a success that holds no task."""
-        found = dict(body) if isinstance(body, dict) else {}
+        found = dict(as_object(body))
         if "message" not in found and "msg" in found:
             # The file API's way.
             found["message"] = found["msg"]
@@ -578,29 +546,8 @@ class TaskApi:
     async def _asked(self, call: Call) -> tuple[Answer, Reply]:
         async with self.tools.wire.exchange(call) as reply:
             if not reply.is_success:
-                raise self._refused(_decoded(await reply.error_body()), reply)
-            return await self._read(reply), reply
-
-    async def _read(self, reply: Reply) -> Answer:
-        reader = AnswerReader(self.tools.spools)
-        try:
-            async with aclosing(reply.chunks()) as chunks:
-                async for chunk in chunks:
-                    reader.feed(chunk)
-            return reader.finish()
-        except UnreadableAnswerError as error:
-            raise ProviderError(
-                FailureKind.BAD_GATEWAY,
-                f"{reply.status} with what cannot be used: {error}"[:TEXT_MAX_CHARS],
-                status=reply.status,
-                billed=Billed.MAYBE,
-            ) from error
-        except OSError as error:
-            raise ProviderError(
-                FailureKind.RESULT_LOST, f"no room for the answer: {error.strerror}"
-            ) from error
-        finally:
-            reader.close()
+                raise self._refused(decoded(await reply.error_body()), reply)
+            return await read_answer(reply, self.tools.spools), reply
 
 
 _TOLD = frozenset({FailureKind.INVALID_REQUEST, FailureKind.CONTENT_POLICY})
@@ -653,23 +600,10 @@ def _size(job: ImageJob, sizes: frozenset[tuple[int, int]]) -> str | None:
         # The models with three sizes know no such word.
         return None if sizes == _SMALL_SIZES else "auto"
     if sizes and (job.width_px, job.height_px) not in sizes:
-        raise _unable(f"no {job.width_px}x{job.height_px} here")
+        raise unable(f"no {job.width_px}x{job.height_px} here")
     if sizes == _BY_RATIO:
         return _RATIOS[job.width_px, job.height_px]
     return f"{job.width_px}x{job.height_px}"
-
-
-def _check_edit(job: ImageJob, capable: Capabilities) -> None:
-    if Operation.EDIT not in capable.operations:
-        raise _unable("no edits here")
-    if not 1 <= len(job.references) <= capable.references_max:
-        raise _unable(f"no edits of {len(job.references)} pictures here")
-    if job.mask is not None and not capable.mask:
-        raise _unable("no masks here")
-
-
-def _unable(detail: str) -> ProviderError:
-    return ProviderError(FailureKind.UNSUPPORTED, detail)
 
 
 def _unread(error: ProviderError) -> ProviderError:
@@ -698,13 +632,9 @@ def _unread(error: ProviderError) -> ProviderError:
 def _nothing(look: _Look) -> ProviderError:
     faults = "; ".join(look.answer.faults)
     if faults:
-        return ProviderError(
-            FailureKind.BAD_GATEWAY,
-            f"pictures: {faults}"[:TEXT_MAX_CHARS],
-            status=look.reply.status,
-            billed=Billed.MAYBE,
-            ended=True,
-        )
+        error = unreadable(f"pictures: {faults}", look.reply.status)
+        error.ended = True
+        return error
     return ProviderError(
         FailureKind.NO_OUTPUT,
         "a task that completed without a picture",
@@ -715,8 +645,7 @@ def _nothing(look: _Look) -> ProviderError:
 
 def _billed(task: Fields, *, cancelled: bool) -> Billed:
     """Tell what a task that failed costs: nothing, unless the ledger says so."""
-    told = _first_of(task, ("billing",))
-    ledger = told if isinstance(told, dict) else {}
+    ledger = as_object(_first_of(task, ("billing",)))
     refunded = ledger.get("refund_status") == "completed"
     charge = ledger.get("charge_status")
     if charge == "charged":
@@ -728,7 +657,7 @@ def _billed(task: Fields, *, cancelled: bool) -> Billed:
 
 
 def _task_in(body: object) -> Fields:
-    whole = body if isinstance(body, dict) else {}
+    whole = as_object(body)
     inner = whole.get("data")
     return inner if isinstance(inner, dict) and "status" in inner else whole
 
@@ -750,13 +679,6 @@ def _flat(value: object) -> Iterator[object]:
 
 def _first_of(body: object, places: tuple[str, ...]) -> object:
     return next((one for place in places for one in _found(body, place)), None)
-
-
-def _decoded(body: bytes) -> object:
-    try:
-        return msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
 
 
 def _text(body: object, places: tuple[str, ...]) -> str | None:
@@ -788,24 +710,9 @@ def _progress(task: Fields) -> int | None:
     return value
 
 
-def _made(picture: Picture) -> MadeImage:
-    header = picture.header
-    return MadeImage(
-        picture.spool, header.media_type, header.width_px, header.height_px
-    )
-
-
 def _request_id(reply: Reply) -> str | None:
     headers = reply.headers
     return headers.get("x-request-id") or headers.get("x-oneapi-request-id")
-
-
-def _within(call: Call, limit_s: float) -> Call:
-    return replace(call, deadline_at_s=min(call.deadline_at_s, _now_s() + limit_s))
-
-
-def _now_s() -> float:
-    return asyncio.get_running_loop().time()
 
 
 def _replayable(dialect: Dialect) -> frozenset[Operation]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal, get_args
 
 import msgspec
@@ -11,6 +12,7 @@ from providers.kit.images_api import Background, Quality
 
 Format = Literal["png", "jpeg", "webp"]
 Plain = Annotated[str, msgspec.Meta(pattern="^[!-~]*$")]
+Word = Annotated[str, msgspec.Meta(pattern="^[!-~]+$")]
 Host = Annotated[str, msgspec.Meta(pattern="^[0-9A-Za-z.:-]+$")]
 Size = Annotated[str, msgspec.Meta(pattern="^[1-9][0-9]{1,4}x[1-9][0-9]{1,4}$")]
 
@@ -36,13 +38,10 @@ class Abilities(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 def capabilities_of(able: Abilities) -> Capabilities:
     """Say the same in the words of the contract."""
-    split = (size.split("x") for size in able.sizes)
     return Capabilities(
-        operations=frozenset(Operation)
-        if able.edits
-        else frozenset({Operation.GENERATE}),
+        operations=operations(edits=able.edits),
         n_max=able.n_max,
-        sizes=frozenset((int(width), int(height)) for width, height in split),
+        sizes=sizes_px(able.sizes),
         qualities=frozenset(able.qualities),
         output_formats=frozenset(able.output_formats),
         backgrounds=frozenset(able.backgrounds),
@@ -50,3 +49,14 @@ def capabilities_of(able: Abilities) -> Capabilities:
         references_max=able.references_max if able.edits else 0,
         stream=able.stream,
     )
+
+
+def operations(*, edits: bool) -> frozenset[Operation]:
+    """Everything, or all but edits."""
+    return frozenset(Operation) if edits else frozenset({Operation.GENERATE})
+
+
+def sizes_px(sizes: Iterable[Size]) -> frozenset[tuple[int, int]]:
+    """Read sizes as width and height."""
+    split = (size.split("x") for size in sizes)
+    return frozenset((int(width), int(height)) for width, height in split)

@@ -6,10 +6,12 @@ Their messages name what is wrong.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 import msgspec
+
+from providers.kit.contract import Account
 
 AnyOptions = TypeVar("AnyOptions", bound=msgspec.Struct)
 
@@ -26,6 +28,18 @@ def read_options(options: Mapping[str, object], kind: type[AnyOptions]) -> AnyOp
         return msgspec.convert(dict(options), kind)
     except msgspec.ValidationError as error:
         raise ValueError(f"options: {error}") from error
+
+
+def check_account(account: Account) -> None:
+    """Check the base URL, and that there is a credential.
+
+    Raises:
+        ValueError: the message begins with what is wrong.
+    """
+    check_base_url(account.base_url)
+    check_secret(account.secret)
+    if not account.secret:
+        raise ValueError("credential: is empty")
 
 
 def check_secret(secret: str) -> None:
@@ -55,7 +69,7 @@ def check_base_url(base_url: str, name: str = "base_url") -> None:
         raise ValueError(f"{name}: must be http(s)://host[:port][/path], nothing more")
 
 
-def is_at_home(url: object, base_url: str) -> bool:
+def is_at_home(url: object, base_url: str) -> TypeGuard[str]:
     """Tell whether a URL is on the host that the credential is for.
 
     Scheme and port must be the same too: only there may the credential be sent.

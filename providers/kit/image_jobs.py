@@ -16,7 +16,7 @@ from providers.kit.contract import (
     ProviderError,
 )
 from providers.kit.multipart import FormFile, form
-from providers.kit.wire import Body, unwritable
+from providers.kit.wire import Body, unreadable_file, unwritable
 
 _FIXED_FIDELITY = re.compile(r"(?:.*/)?gpt-image-2")
 """These always look closely, and refuse to be told so."""
@@ -33,7 +33,7 @@ def job_fields(
         "model": job.model,
         "prompt": job.prompt,
         "n": job.n,
-        "size": _size(job),
+        "size": size_word(job),
         "quality": job.quality,
         "output_format": job.output_format,
     }
@@ -71,9 +71,7 @@ def edit_form(job: ImageJob, fields: Mapping[str, object]) -> Body:
     except UnicodeEncodeError as error:
         raise unwritable() from error
     except OSError as error:
-        raise ProviderError(
-            FailureKind.NETWORK, f"a file cannot be read: {error.strerror}"
-        ) from error
+        raise unreadable_file(error) from error
 
 
 def check_edit(job: ImageJob, capable: Capabilities) -> None:
@@ -95,7 +93,8 @@ def unable(detail: str) -> ProviderError:
     return ProviderError(FailureKind.UNSUPPORTED, detail)
 
 
-def _size(job: ImageJob) -> str:
+def size_word(job: ImageJob) -> str:
+    """Name the size that a job asks for; ``auto`` where the model may choose."""
     if job.width_px is None or job.height_px is None:
         return "auto"
     return f"{job.width_px}x{job.height_px}"

@@ -6,16 +6,12 @@ For every adapter that speaks this API, whatever its URLs and credentials look l
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, get_args
 
-from providers.kit.answers import (
-    Answer,
-    AnswerReader,
-    Picture,
-    UnreadableAnswerError,
-)
+from providers.kit.answers import Answer, AnswerReader, Picture
 from providers.kit.contract import (
     Billed,
     Done,
@@ -27,18 +23,18 @@ from providers.kit.contract import (
     Usage,
 )
 from providers.kit.events import Event, EventReader
-from providers.kit.images import NotAnImageError, read_payload_header
-from providers.kit.refusals import decoded, judge_body
+from providers.kit.pictures import collected, fetched, made
+from providers.kit.refusals import judge_body
+from providers.kit.replies import Fields, decoded, readable, unreadable
 from providers.kit.streams import Emit, relayed
 from providers.kit.usages import read_usage
-from providers.kit.wire import TEXT_MAX_CHARS, Call, Download, Reply, Tools
+from providers.kit.wire import Call, Download, Reply, Tools
 
 COMPLETED = frozenset({"image_generation.completed", "image_edit.completed"})
 PARTIAL = frozenset({"image_generation.partial_image", "image_edit.partial_image"})
 
 Quality = Literal["low", "medium", "high", "xhigh", "max"]
 Background = Literal["opaque", "transparent"]
-Fields = Mapping[str, object]
 Chunks = AsyncGenerator[bytes, None]
 Judge = Callable[[int, Mapping[str, str], object, str], ProviderError]
 """Classifies an error by status, headers, decoded body; the secret is kept out."""
@@ -128,7 +124,7 @@ class ImagesApi:
     ) -> None:
         reader = AnswerReader(self.tools.spools)
         try:
-            with _readable(reply):
+            with readable(reply):
                 reader.feed(start)
                 async for chunk in chunks:
                     reader.feed(chunk)
@@ -137,7 +133,7 @@ class ImagesApi:
             reader.close()
         harvest.answers.append(answer)
         if not isinstance(answer.body, dict):
-            raise _unreadable("the answer is no object", reply)
+            raise unreadable("the answer is no object", reply.status)
         harvest.add(answer, answer.body)
 
     async def _read_events(
@@ -146,7 +142,7 @@ class ImagesApi:
         reader = EventReader(self.tools.spools)
         harvest.is_stream = True
         try:
-            with _readable(reply):
+            with readable(reply):
                 _take_events(reader.feed(start), harvest, reply)
                 while not harvest.is_over:
                     chunk = await anext(chunks, None)
@@ -160,7 +156,9 @@ class ImagesApi:
 
     async def _done(self, harvest: _Harvest, reply: Reply) -> Done:
         # Nobody asked, nor pays, for more than n.
-        images, lost = await self._collect(harvest.items[: harvest.n], harvest.call)
+        images, lost = await collected(
+            harvest.items[: harvest.n], partial(self._image, harvest.call)
+        )
         if not images:
             raise _why_nothing(harvest, reply, lost)
         # The usage of a picture that cannot be delivered is not the tenant's.
@@ -179,45 +177,16 @@ class ImagesApi:
             background=_known(body.get("background"), get_args(Background)),
         )
 
-    async def _collect(
-        self, items: list[tuple[Answer, Fields]], call: Call
-    ) -> tuple[list[MadeImage], ProviderError | None]:
-        """Gather the pictures, and the last trouble with one that is a link."""
-        images: list[MadeImage] = []
-        lost: ProviderError | None = None
-        try:
-            for answer, item in items:
-                try:
-                    image = await self._image(answer, item, call)
-                except ProviderError as error:
-                    lost = error
-                else:
-                    images += [image] if image is not None else []
-        except BaseException:
-            for image in images:
-                image.payload.close()
-            raise
-        return images, lost
-
     async def _image(
-        self, answer: Answer, item: Fields, call: Call
+        self, call: Call, found: tuple[Answer, Fields]
     ) -> MadeImage | None:
+        answer, item = found
         url = item.get("url")
         picture = _picture(answer, item)
         if picture is None and isinstance(url, str) and "/" in url:
-            picture = await self._fetched(url, call)
-        return _made(picture, item) if picture is not None else None
-
-    async def _fetched(self, url: str, call: Call) -> Picture:
-        download = Download(url, self.hosts, call.deadline_at_s, secret=call.secret)
-        spool = await self.tools.wire.download(download, self.tools.spools)
-        try:
-            return Picture(spool, read_payload_header(spool))
-        except (NotAnImageError, OSError) as error:
-            spool.close()
-            raise ProviderError(
-                FailureKind.RESULT_LOST, f"what the link gave is {error}"
-            ) from error
+            download = Download(url, self.hosts, call.deadline_at_s, secret=call.secret)
+            picture = await fetched(download, self.tools)
+        return made(picture, item.get("revised_prompt")) if picture else None
 
 
 @dataclass(slots=True)
@@ -236,7 +205,7 @@ class _Looks:
         picture = _picture(answer, body) if self.left > 0 else None
         if picture is not None:
             self.left -= 1
-            self.emit(Partial(index, _made(picture, {})))
+            self.emit(Partial(index, made(picture)))
 
 
 @dataclass(slots=True)
@@ -323,7 +292,7 @@ def _why_nothing(
     if harvest.body.get("error"):
         return harvest.refused(reply, harvest.body)
     if harvest.faults:
-        return _unreadable(f"pictures: {'; '.join(harvest.faults)}", reply)
+        return unreadable(f"pictures: {'; '.join(harvest.faults)}", reply.status)
     if lost is not None:
         return lost
     if harvest.is_stream and not harvest.is_over:
@@ -333,7 +302,7 @@ def _why_nothing(
             status=reply.status,
         )
     if not harvest.is_stream and "data" not in harvest.body:
-        return _unreadable("an object that is no images answer", reply)
+        return unreadable("an object that is no images answer", reply.status)
     return ProviderError(
         FailureKind.NO_OUTPUT, "a success without a picture", status=reply.status
     )
@@ -353,40 +322,8 @@ def _speaks_events(reply: Reply, start: bytes) -> bool:
     return told.startswith("text/event-stream") or first in {b":", b"d", b"e"}
 
 
-@contextmanager
-def _readable(reply: Reply) -> Iterator[None]:
-    try:
-        yield
-    except UnreadableAnswerError as error:
-        raise _unreadable(str(error), reply) from error
-    except OSError as error:
-        raise ProviderError(
-            FailureKind.RESULT_LOST, f"no room for the answer: {error.strerror}"
-        ) from error
-
-
-def _unreadable(detail: str, reply: Reply) -> ProviderError:
-    return ProviderError(
-        FailureKind.BAD_GATEWAY,
-        f"{reply.status} with what cannot be used: {detail}"[:TEXT_MAX_CHARS],
-        status=reply.status,
-        billed=Billed.MAYBE,
-    )
-
-
 def _picture(answer: Answer, item: Fields) -> Picture | None:
     return answer.take(item.get("b64_json")) or answer.take(item.get("url"))
-
-
-def _made(picture: Picture, item: Fields) -> MadeImage:
-    revised = item.get("revised_prompt")
-    return MadeImage(
-        payload=picture.spool,
-        media_type=picture.header.media_type,
-        width_px=picture.header.width_px,
-        height_px=picture.header.height_px,
-        revised_prompt=revised if isinstance(revised, str) else None,
-    )
 
 
 def _items(body: Fields) -> list[Fields]:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 
 import msgspec
 
-from providers.kit.contract import FailureKind, InputFile, ProviderError
+from providers.kit.contract import InputFile
 from providers.kit.payloads import base64_chunks, base64_length
-from providers.kit.wire import Body, unwritable
+from providers.kit.wire import Body, unreadable_file, unwritable
 
 
 def json_body(fields: Mapping[str, object]) -> Body:
@@ -30,9 +30,7 @@ def json_body(fields: Mapping[str, object]) -> Body:
     except UnicodeEncodeError as error:
         raise unwritable() from error
     except OSError as error:
-        raise ProviderError(
-            FailureKind.NETWORK, f"a file cannot be read: {error.strerror}"
-        ) from error
+        raise unreadable_file(error) from error
 
     def chunks() -> Iterator[bytes]:
         yield texts[0]

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import msgspec
-
 from providers.kit.contract import Billed, FailureKind, ProviderError
+from providers.kit.replies import as_object, decoded
 from providers.kit.wire import RETRY_AFTER_MAX_S, retry_after_s, scrub
 
 _MADE = re.compile(r"(?i)generated image was filtered")
@@ -39,9 +38,9 @@ class Refusal:
     def of(cls, status: int, headers: Mapping[str, str], body: object) -> Refusal:
         """Read the error out of a body: an object, a string, or FastAPI's detail."""
         found = _error_in(body)
-        inner = _object(found.get("innererror") or found.get("inner_error"))
+        inner = as_object(found.get("innererror") or found.get("inner_error"))
         code = found.get("code")
-        stage = _object(found.get("moderation_details")).get("moderation_stage")
+        stage = as_object(found.get("moderation_details")).get("moderation_stage")
         message = str(found.get("message") or "")
         return cls(
             status=_told_status(status, code),
@@ -59,15 +58,6 @@ def refusal(
 ) -> ProviderError:
     """Classify an error answer. Decided by code, then words, headers, status."""
     return judge_body(status, headers, decoded(body), secret)
-
-
-def decoded(body: bytes) -> object:
-    """Decode the body of an error answer; None when it is no JSON."""
-    try:
-        value: object = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
-    return value
 
 
 def judge_body(
@@ -265,23 +255,19 @@ def _told_status(status: int, code: object) -> int | None:
 
 
 def _error_in(body: object) -> Mapping[str, object]:
-    whole = _object(body)
+    whole = as_object(body)
     told = (whole.get("error"), whole.get("detail"))
     error = next((t for t in told if t and isinstance(t, (str, list, dict))), whole)
     if isinstance(error, str):
         return {"message": error}
     if isinstance(error, list):
         # FastAPI lists what is wrong field by field.
-        faults = [_object(fault) for fault in error]
+        faults = [as_object(fault) for fault in error]
         said = (f"{_place(fault.get('loc'))}{fault.get('msg')}" for fault in faults)
         kinds = [fault.get("type") for fault in faults]
         return {"message": "; ".join(said), "code": kinds[0] if kinds else None}
-    return _object(error)
+    return as_object(error)
 
 
 def _place(loc: object) -> str:
     return f"{'.'.join(map(str, loc))}: " if isinstance(loc, list) and loc else ""
-
-
-def _object(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, dict) else {}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from decimal import ROUND_CEILING, Decimal
 
 from providers.kit.contract import Usage
+from providers.kit.replies import as_object
 
 TOKENS_MAX = 1_000_000_000
 """A usage beyond this is no usage."""
@@ -23,8 +24,8 @@ def read_usage(reported: object) -> Usage | None:
     """
     if not isinstance(reported, dict):
         return None
-    details = _object(reported.get("input_tokens_details"))
-    cached = _object(details.get("cached_tokens_details"))
+    details = as_object(reported.get("input_tokens_details"))
+    cached = as_object(details.get("cached_tokens_details"))
     try:
         given = _count(reported, "input_tokens")
         output = _count(reported, "output_tokens") or 0
@@ -92,7 +93,3 @@ def _count(counts: Mapping[str, object], name: str) -> int | None:
     if type(value) is not int or not 0 <= value <= TOKENS_MAX:
         raise ValueError(f"{name} is no number of tokens")
     return value
-
-
-def _object(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, dict) else {}

@@ -20,7 +20,7 @@ from collections.abc import (
     Mapping,
 )
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -37,6 +37,8 @@ from providers.kit.spool import Spool, SpoolFolder, SpoolLimitError
 CONNECT_TIMEOUT_S = 5.0
 CONNECTION_WAIT_S = 10.0
 """From asking for a connection, free slot included, to having it."""
+READ_MAX_S = 30.0
+"""How long a look at a job may take. One that hangs is repeated, not waited for."""
 BODY_IDLE_S = 30.0
 BODY_PIECE_BYTES = 64 * 1024
 KEEPALIVE_S = 4.0
@@ -70,8 +72,9 @@ class Body:
 class Call:
     """One request, with ``json`` or a ``body`` or nothing.
 
-    ``deadline_at_s`` is a time of the event loop's clock. ``secret`` is only there to
-    be kept out of error texts.
+    ``deadline_at_s`` is a time of the event loop's clock. ``first_byte_max_s`` is how
+    long head and start of the answer may each be awaited; None: until the deadline.
+    ``secret`` is only there to be kept out of error texts.
     """
 
     method: str
@@ -80,7 +83,13 @@ class Call:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     json: object = None
     body: Body | None = field(default=None, repr=False)
+    first_byte_max_s: float | None = None
     secret: str = field(default="", repr=False)
+
+    def within(self, limit_s: float) -> Call:
+        """The same call, over in so many seconds from now at the latest."""
+        end_s = min(self.deadline_at_s, deadline_in(limit_s))
+        return replace(self, deadline_at_s=end_s)
 
 
 class Reply:
@@ -120,7 +129,7 @@ class Reply:
         body = self._response.aiter_bytes()
         # Some send the head at once and work then: the first byte may take as long
         # as the whole call.
-        idle_s: float | None = None
+        idle_s = self._call.first_byte_max_s
         while True:
             try:
                 async with asyncio.timeout(idle_s):
@@ -171,6 +180,7 @@ class Wire:
     Args:
         connections_max: as many as the upstreams together may be asked at once.
         transport: takes the place of the network, in tests.
+        read_max_s: how long a look at a job may take, and a download until its start.
         body_idle_s: how long a body that has begun may pause.
         download_pauses_s: how long to wait before each try of a download.
     """
@@ -180,9 +190,11 @@ class Wire:
         connections_max: int,
         *,
         transport: httpx.AsyncBaseTransport | None = None,
+        read_max_s: float = READ_MAX_S,
         body_idle_s: float = BODY_IDLE_S,
         download_pauses_s: tuple[float, ...] = DOWNLOAD_PAUSES_S,
     ) -> None:
+        self.read_max_s = read_max_s
         self._body_idle_s = body_idle_s
         self._download_pauses_s = download_pauses_s
         self._client = httpx.AsyncClient(
@@ -212,7 +224,8 @@ class Wire:
         upload = _Upload(call.body, self._body_idle_s) if call.body else None
         try:
             async with asyncio.timeout_at(call.deadline_at_s):
-                response = await self._send(call, upload)
+                async with asyncio.timeout(call.first_byte_max_s):
+                    response = await self._send(call, upload)
                 try:
                     yield Reply(response, call, self._body_idle_s)
                 finally:
@@ -254,6 +267,7 @@ class Wire:
             download.url,
             download.deadline_at_s,
             headers={"Accept": "image/*"},
+            first_byte_max_s=self.read_max_s,
             secret=download.secret,
         )
         spool = spools.open("raw", limit_bytes=DOWNLOAD_MAX_BYTES)
@@ -337,6 +351,11 @@ class _Upload:
             self._limit.reschedule(None if self.is_out else now_s + self._idle_s)
 
 
+def deadline_in(seconds: float) -> float:
+    """A time of the event loop's clock, so many seconds from now."""
+    return asyncio.get_running_loop().time() + seconds
+
+
 def epoch_s() -> float:
     """Seconds since the epoch, by the machine's clock."""
     return time.time_ns() / 10**9
@@ -361,6 +380,13 @@ def unwritable() -> ProviderError:
         FailureKind.INVALID_REQUEST,
         "the request cannot be written as UTF-8",
         client_message="The request contains text that is not valid Unicode.",
+    )
+
+
+def unreadable_file(error: OSError) -> ProviderError:
+    """Say that a file of the request cannot be read: nothing was sent."""
+    return ProviderError(
+        FailureKind.NETWORK, f"a file cannot be read: {error.strerror}"
     )
 
 

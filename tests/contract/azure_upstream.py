@@ -6,10 +6,15 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from providers.kit.contract import Capabilities, FailureKind, Operation
-from providers.registry import PROVIDERS
-from tests.builders import an_account
-from tests.contract.upstreams import USUALLY_BILLED, Case, K, Upstream, tools
+from providers.kit.contract import Capabilities, Operation
+from tests.contract.upstreams import (
+    USUALLY_BILLED,
+    Case,
+    K,
+    Upstream,
+    alone,
+    connected,
+)
 from tests.simulators.azure_server import KEY, AzureSimulator, serve_azure_simulator
 from tests.simulators.server import Fault
 
@@ -18,34 +23,18 @@ from tests.simulators.server import Fault
 async def azure_upstream(
     folder: Path, *, secret: str = KEY, **options: object
 ) -> AsyncGenerator[tuple[Upstream, AzureSimulator], None]:
-    async with serve_azure_simulator() as simulator, tools(folder) as given:
-        account = an_account(
-            base_url=simulator.base_url, secret=secret, options=options
-        )
-        provider = PROVIDERS["azure"](account, given)
-
-        def fail(kind: FailureKind) -> None:
-            simulator.script(AZURE_FAULTS[kind])
-
-        try:
-            yield (
-                Upstream(
-                    provider,
-                    fail,
-                    lambda: simulator.script(Fault(hang=True)),
-                    lambda: sum(purchase.n for purchase in simulator.purchases),
-                    given.spools,
-                ),
-                simulator,
-            )
-        finally:
-            await provider.close()
-
-
-@asynccontextmanager
-async def connect_azure(folder: Path) -> AsyncGenerator[Upstream, None]:
-    async with azure_upstream(folder) as (upstream, _):
-        yield upstream
+    async with (
+        serve_azure_simulator() as simulator,
+        connected(
+            "azure",
+            simulator,
+            folder,
+            AZURE_FAULTS,
+            options=options,
+            secret=secret,
+        ) as upstream,
+    ):
+        yield upstream, simulator
 
 
 def azure_error(status: int, code: str, message: str = "no", **more: object) -> Fault:
@@ -54,28 +43,30 @@ def azure_error(status: int, code: str, message: str = "no", **more: object) -> 
 
 
 AZURE_FAULTS = {
-    K.INVALID_REQUEST: azure_error(400, "invalid_value", f"wrong, {KEY}"),
-    K.CONTENT_POLICY: azure_error(
-        400,
-        "BadRequest",
-        f"refused, {KEY}",
-        inner_error={"code": "ResponsibleAIPolicyViolation"},
-    ),
-    K.UNSUPPORTED: azure_error(404, "DeploymentNotFound"),
-    K.AUTH: azure_error(401, "401", f"Access denied: {KEY}"),
-    K.INSUFFICIENT_FUNDS: azure_error(429, "insufficient_quota"),
-    K.RATE_LIMITED: azure_error(429, "429", "Please retry after 26 seconds."),
-    K.OVERLOADED: Fault(status=503, body=f"<html>{KEY}</html>"),
-    K.BAD_GATEWAY: azure_error(500, "InternalServerError", KEY),
-    K.TIMEOUT: Fault(close="before_reply"),
-    K.NO_OUTPUT: Fault(answer="empty"),
-    K.RESULT_LOST: Fault(answer="dead_url"),
+    K.INVALID_REQUEST: [azure_error(400, "invalid_value", f"wrong, {KEY}")],
+    K.CONTENT_POLICY: [
+        azure_error(
+            400,
+            "BadRequest",
+            f"refused, {KEY}",
+            inner_error={"code": "ResponsibleAIPolicyViolation"},
+        )
+    ],
+    K.UNSUPPORTED: [azure_error(404, "DeploymentNotFound")],
+    K.AUTH: [azure_error(401, "401", f"Access denied: {KEY}")],
+    K.INSUFFICIENT_FUNDS: [azure_error(429, "insufficient_quota")],
+    K.RATE_LIMITED: [azure_error(429, "429", "Please retry after 26 seconds.")],
+    K.OVERLOADED: [Fault(status=503, body=f"<html>{KEY}</html>")],
+    K.BAD_GATEWAY: [azure_error(500, "InternalServerError", KEY)],
+    K.TIMEOUT: [Fault(close="before_reply")],
+    K.NO_OUTPUT: [Fault(answer="empty")],
+    K.RESULT_LOST: [Fault(answer="dead_url")],
 }
 
 
 AZURE = Case(
     "azure",
-    connect_azure,
+    alone(azure_upstream),
     USUALLY_BILLED,
     Capabilities(
         operations=frozenset(Operation),
@@ -85,4 +76,10 @@ AZURE = Case(
         stream=True,
     ),
     secret=KEY,
+    wrong_options=[
+        ({"form": "v2"}, "form"),
+        ({"api_version": "x&y=1"}, "api_version"),
+        ({"deployment": "x"}, "deployment"),
+        ({"sizes": ["big"]}, "sizes"),
+    ],
 )

@@ -50,6 +50,10 @@ def masks(case: Case) -> bool:
     return case.capable.mask
 
 
+def remote(case: Case) -> bool:
+    return case.is_remote
+
+
 def streams(case: Case) -> bool:
     return case.capable.stream
 

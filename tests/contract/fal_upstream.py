@@ -7,10 +7,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from providers.kit.contract import Billed, Capabilities, FailureKind, Operation
-from providers.registry import PROVIDERS
-from tests.builders import an_account
-from tests.contract.upstreams import USUALLY_BILLED, Case, K, Upstream, tools
+from providers.kit.contract import Billed, Capabilities, Operation
+from tests.contract.upstreams import (
+    USUALLY_BILLED,
+    Case,
+    K,
+    Upstream,
+    alone,
+    connected,
+)
 from tests.simulators.fal_server import KEY, FalSimulator, serve_fal_simulator
 from tests.simulators.server import Fault
 
@@ -21,29 +26,18 @@ MODEL = "openai/gpt-image-2"
 async def fal_upstream(
     folder: Path, **options: object
 ) -> AsyncGenerator[tuple[Upstream, FalSimulator], None]:
-    async with serve_fal_simulator() as simulator, tools(folder) as given:
-        account = an_account(base_url=simulator.base_url, secret=KEY, options=options)
-
-        def fail(kind: FailureKind) -> None:
-            simulator.script(FAL_FAULTS[kind])
-
-        yield (
-            Upstream(
-                PROVIDERS["fal"](account, given),
-                fail,
-                lambda: simulator.script(Fault(hang=True)),
-                lambda: sum(purchase.n for purchase in simulator.purchases),
-                given.spools,
-                {"model": MODEL},
-            ),
+    async with (
+        serve_fal_simulator() as simulator,
+        connected(
+            "fal",
             simulator,
-        )
-
-
-@asynccontextmanager
-async def connect_fal(folder: Path) -> AsyncGenerator[Upstream, None]:
-    async with fal_upstream(folder) as (upstream, _):
-        yield upstream
+            folder,
+            FAL_FAULTS,
+            options=options,
+            usual={"model": MODEL},
+        ) as upstream,
+    ):
+        yield upstream, simulator
 
 
 def refused(status: int, detail: object, **headers: str) -> Fault:
@@ -68,25 +62,25 @@ def faulted(kind: str, message: str = "no", *, status: int = 422) -> Fault:
 
 
 FAL_FAULTS = {
-    K.INVALID_REQUEST: faulted("image_too_small", f"wrong, {KEY}"),
-    K.CONTENT_POLICY: faulted("content_policy_violation", f"refused, {KEY}"),
-    K.UNSUPPORTED: refused(404, "Application 'gpt-image-2' not found"),
-    K.AUTH: refused(401, f"Invalid key: {KEY}"),
-    K.INSUFFICIENT_FUNDS: refused(
-        403, "User is locked. Reason: Exhausted balance. Top up your balance."
-    ),
-    K.RATE_LIMITED: refused(429, "Too many concurrent requests", retry_after="7"),
-    K.OVERLOADED: broken(503, "runner_scheduling_failure"),
-    K.BAD_GATEWAY: Fault(status=502, body=f"<html>{KEY}</html>"),
-    K.TIMEOUT: Fault(close="before_reply"),
-    K.NO_OUTPUT: Fault("run", answer="empty"),
-    K.RESULT_LOST: Fault("run", answer="dead_url"),
+    K.INVALID_REQUEST: [faulted("image_too_small", f"wrong, {KEY}")],
+    K.CONTENT_POLICY: [faulted("content_policy_violation", f"refused, {KEY}")],
+    K.UNSUPPORTED: [refused(404, "Application 'gpt-image-2' not found")],
+    K.AUTH: [refused(401, f"Invalid key: {KEY}")],
+    K.INSUFFICIENT_FUNDS: [
+        refused(403, "User is locked. Reason: Exhausted balance. Top up your balance.")
+    ],
+    K.RATE_LIMITED: [refused(429, "Too many concurrent requests", retry_after="7")],
+    K.OVERLOADED: [broken(503, "runner_scheduling_failure")],
+    K.BAD_GATEWAY: [Fault(status=502, body=f"<html>{KEY}</html>")],
+    K.TIMEOUT: [Fault(close="before_reply")],
+    K.NO_OUTPUT: [Fault("run", answer="empty")],
+    K.RESULT_LOST: [Fault("run", answer="dead_url")],
 }
 
 
 FAL = Case(
     "fal",
-    connect_fal,
+    alone(fal_upstream),
     # fal may charge for a 422.
     USUALLY_BILLED | {K.INVALID_REQUEST: Billed.MAYBE, K.CONTENT_POLICY: Billed.MAYBE},
     Capabilities(
@@ -99,5 +93,19 @@ FAL = Case(
         cancel=True,
     ),
     secret=KEY,
+    look_step="status",
+    wrong_options=[
+        ({"nope": 1}, "nope"),
+        ({"edits": "no"}, "edits"),
+        ({"edit_models": ["a"]}, "edit_models"),
+        ({"edit_models": {"a": "b c"}}, "edit_models"),
+        ({"n_max": 5}, "n_max"),
+        ({"references_max": 17}, "references_max"),
+        ({"usage": True}, "usage"),
+        ({"priority": "high"}, "priority"),
+        ({"sizes": ["big"]}, "sizes"),
+        ({"qualities": ["best"]}, "qualities"),
+        ({"download_hosts": ["https://x.test/"]}, "download_hosts"),
+    ],
     model=MODEL,
 )

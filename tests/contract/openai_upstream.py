@@ -6,10 +6,15 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from providers.kit.contract import Capabilities, FailureKind, Operation
-from providers.registry import PROVIDERS
-from tests.builders import an_account
-from tests.contract.upstreams import USUALLY_BILLED, Case, K, Upstream, tools
+from providers.kit.contract import Capabilities, Operation
+from tests.contract.upstreams import (
+    USUALLY_BILLED,
+    Case,
+    K,
+    Upstream,
+    alone,
+    connected,
+)
 from tests.simulators.openai_server import KEY, OpenAISimulator, serve_openai_simulator
 from tests.simulators.server import Fault
 
@@ -18,28 +23,17 @@ from tests.simulators.server import Fault
 async def openai_upstream(
     folder: Path, **options: object
 ) -> AsyncGenerator[tuple[Upstream, OpenAISimulator], None]:
-    async with serve_openai_simulator() as simulator, tools(folder) as given:
-        account = an_account(base_url=simulator.base_url, secret=KEY, options=options)
-
-        def fail(kind: FailureKind) -> None:
-            simulator.script(OPENAI_FAULTS[kind])
-
-        yield (
-            Upstream(
-                PROVIDERS["openai"](account, given),
-                fail,
-                lambda: simulator.script(Fault(hang=True)),
-                lambda: sum(purchase.n for purchase in simulator.purchases),
-                given.spools,
-            ),
+    async with (
+        serve_openai_simulator() as simulator,
+        connected(
+            "openai",
             simulator,
-        )
-
-
-@asynccontextmanager
-async def connect_openai(folder: Path) -> AsyncGenerator[Upstream, None]:
-    async with openai_upstream(folder) as (upstream, _):
-        yield upstream
+            folder,
+            OPENAI_FAULTS,
+            options=options,
+        ) as upstream,
+    ):
+        yield upstream, simulator
 
 
 def openai_error(status: int, code: str | None, message: str = "no") -> Fault:
@@ -48,26 +42,45 @@ def openai_error(status: int, code: str | None, message: str = "no") -> Fault:
 
 
 OPENAI_FAULTS = {
-    K.INVALID_REQUEST: openai_error(400, "invalid_value", f"wrong, {KEY}"),
-    K.CONTENT_POLICY: openai_error(400, "moderation_blocked", f"refused, {KEY}"),
-    K.UNSUPPORTED: openai_error(404, "model_not_found"),
-    K.AUTH: openai_error(401, "invalid_api_key", f"Incorrect API key: {KEY}"),
-    K.INSUFFICIENT_FUNDS: openai_error(429, "insufficient_quota"),
-    K.RATE_LIMITED: openai_error(429, "rate_limit_exceeded"),
-    K.OVERLOADED: openai_error(503, "server_is_overloaded"),
-    K.BAD_GATEWAY: Fault(status=502, body=f"<html>{KEY}</html>"),
-    K.TIMEOUT: Fault(close="before_reply"),
-    K.NO_OUTPUT: Fault(answer="empty"),
-    K.RESULT_LOST: Fault(answer="dead_url"),
+    K.INVALID_REQUEST: [openai_error(400, "invalid_value", f"wrong, {KEY}")],
+    K.CONTENT_POLICY: [openai_error(400, "moderation_blocked", f"refused, {KEY}")],
+    K.UNSUPPORTED: [openai_error(404, "model_not_found")],
+    K.AUTH: [openai_error(401, "invalid_api_key", f"Incorrect API key: {KEY}")],
+    K.INSUFFICIENT_FUNDS: [openai_error(429, "insufficient_quota")],
+    K.RATE_LIMITED: [openai_error(429, "rate_limit_exceeded")],
+    K.OVERLOADED: [openai_error(503, "server_is_overloaded")],
+    K.BAD_GATEWAY: [Fault(status=502, body=f"<html>{KEY}</html>")],
+    K.TIMEOUT: [Fault(close="before_reply")],
+    K.NO_OUTPUT: [Fault(answer="empty")],
+    K.RESULT_LOST: [Fault(answer="dead_url")],
 }
 
 
 OPENAI = Case(
     "openai",
-    connect_openai,
+    alone(openai_upstream),
     USUALLY_BILLED,
     Capabilities(
         operations=frozenset(Operation), mask=True, references_max=16, stream=True
     ),
     secret=KEY,
+    wrong_options=[
+        ({"nope": 1}, "nope"),
+        ({"auth_header": "basic"}, "auth_header"),
+        ({"response_format": "png"}, "response_format"),
+        ({"usage": True}, "usage"),
+        ({"n_max": 0}, "n_max"),
+        ({"references_max": 17}, "references_max"),
+        ({"edits": "no"}, "edits"),
+        ({"stream": 1}, "stream"),
+        ({"n_max": "4"}, "n_max"),
+        ({"strip_fields": "quality"}, "strip_fields"),
+        ({"sizes": ["big"]}, "sizes"),
+        ({"qualities": ["best"]}, "qualities"),
+        ({"output_formats": ["gif"]}, "output_formats"),
+        ({"backgrounds": ["auto"]}, "backgrounds"),
+        ({"download_hosts": ["https://x.test/"]}, "download_hosts"),
+        ({"organization": "a\r\nb: c"}, "organization"),
+        ({"path_prefix": "a b"}, "path_prefix"),
+    ],
 )

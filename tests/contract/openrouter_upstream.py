@@ -7,10 +7,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from providers.kit.contract import Capabilities, FailureKind, Operation
-from providers.registry import PROVIDERS
-from tests.builders import an_account
-from tests.contract.upstreams import USUALLY_BILLED, Case, K, Upstream, tools
+from providers.kit.contract import Capabilities, Operation
+from tests.contract.upstreams import (
+    USUALLY_BILLED,
+    Case,
+    K,
+    Upstream,
+    alone,
+    connected,
+)
 from tests.simulators.openrouter_server import (
     KEY,
     OpenRouterSimulator,
@@ -25,29 +30,18 @@ MODEL = "openai/gpt-image-2"
 async def openrouter_upstream(
     folder: Path, **options: object
 ) -> AsyncGenerator[tuple[Upstream, OpenRouterSimulator], None]:
-    async with serve_openrouter_simulator() as simulator, tools(folder) as given:
-        account = an_account(base_url=simulator.base_url, secret=KEY, options=options)
-
-        def fail(kind: FailureKind) -> None:
-            simulator.script(OPENROUTER_FAULTS[kind])
-
-        yield (
-            Upstream(
-                PROVIDERS["openrouter"](account, given),
-                fail,
-                lambda: simulator.script(Fault(hang=True)),
-                lambda: sum(purchase.n for purchase in simulator.purchases),
-                given.spools,
-                usual={"model": MODEL},
-            ),
+    async with (
+        serve_openrouter_simulator() as simulator,
+        connected(
+            "openrouter",
             simulator,
-        )
-
-
-@asynccontextmanager
-async def connect_openrouter(folder: Path) -> AsyncGenerator[Upstream, None]:
-    async with openrouter_upstream(folder) as (upstream, _):
-        yield upstream
+            folder,
+            OPENROUTER_FAULTS,
+            options=options,
+            usual={"model": MODEL},
+        ) as upstream,
+    ):
+        yield upstream, simulator
 
 
 def openrouter_error(status: int, message: str = "no", **metadata: Any) -> Fault:
@@ -56,24 +50,24 @@ def openrouter_error(status: int, message: str = "no", **metadata: Any) -> Fault
 
 
 OPENROUTER_FAULTS = {
-    K.INVALID_REQUEST: openrouter_error(
-        400, f"wrong, {KEY}", error_type="invalid_request"
-    ),
-    K.CONTENT_POLICY: openrouter_error(403, f"flagged, {KEY}", reasons=["violence"]),
-    K.UNSUPPORTED: openrouter_error(404, "No endpoints found for that."),
-    K.AUTH: openrouter_error(401, f"No such key: {KEY}"),
-    K.INSUFFICIENT_FUNDS: openrouter_error(402, limit_source="openrouter_credits"),
-    K.RATE_LIMITED: openrouter_error(429, error_type="rate_limit_exceeded"),
-    K.OVERLOADED: openrouter_error(529),
-    K.BAD_GATEWAY: Fault(status=502, body=f"<html>{KEY}</html>"),
-    K.TIMEOUT: Fault(close="before_reply"),
-    K.NO_OUTPUT: Fault(answer="empty"),
+    K.INVALID_REQUEST: [
+        openrouter_error(400, f"wrong, {KEY}", error_type="invalid_request")
+    ],
+    K.CONTENT_POLICY: [openrouter_error(403, f"flagged, {KEY}", reasons=["violence"])],
+    K.UNSUPPORTED: [openrouter_error(404, "No endpoints found for that.")],
+    K.AUTH: [openrouter_error(401, f"No such key: {KEY}")],
+    K.INSUFFICIENT_FUNDS: [openrouter_error(402, limit_source="openrouter_credits")],
+    K.RATE_LIMITED: [openrouter_error(429, error_type="rate_limit_exceeded")],
+    K.OVERLOADED: [openrouter_error(529)],
+    K.BAD_GATEWAY: [Fault(status=502, body=f"<html>{KEY}</html>")],
+    K.TIMEOUT: [Fault(close="before_reply")],
+    K.NO_OUTPUT: [Fault(answer="empty")],
 }
 
 
 OPENROUTER = Case(
     "openrouter",
-    connect_openrouter,
+    alone(openrouter_upstream),
     {kind: USUALLY_BILLED[kind] for kind in OPENROUTER_FAULTS},
     Capabilities(
         operations=frozenset(Operation),
@@ -82,5 +76,20 @@ OPENROUTER = Case(
         stream=True,
     ),
     secret=KEY,
+    wrong_options=[
+        ({"nope": 1}, "nope"),
+        ({"n_max": 11}, "n_max"),
+        ({"references_max": 17}, "references_max"),
+        ({"stream": 1}, "stream"),
+        ({"sizes": ["big"]}, "sizes"),
+        ({"dimensions": "pixels"}, "dimensions"),
+        ({"dimensions": "aspect_ratio"}, "sizes: must be named"),
+        ({"dimensions": "aspect_ratio", "sizes": ["1000x999"]}, "sizes: 1000x999"),
+        ({"strip_fields": ["prompt"]}, "strip_fields"),
+        ({"output_formats": ["svg"]}, "output_formats"),
+        ({"provider": {"zdr": True}}, "zdr"),
+        ({"provider": {"only": ["a b"]}}, "only"),
+        ({"usage": True}, "usage"),
+    ],
     model=MODEL,
 )

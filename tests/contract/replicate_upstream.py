@@ -6,10 +6,15 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from providers.kit.contract import Capabilities, FailureKind, Operation
-from providers.registry import PROVIDERS
-from tests.builders import an_account
-from tests.contract.upstreams import USUALLY_BILLED, Case, K, Upstream, tools
+from providers.kit.contract import Capabilities, Operation
+from tests.contract.upstreams import (
+    USUALLY_BILLED,
+    Case,
+    K,
+    Upstream,
+    alone,
+    connected,
+)
 from tests.simulators.replicate_server import (
     KEY,
     ReplicateSimulator,
@@ -26,29 +31,20 @@ USUAL = {"model": MODEL, "width_px": 1024, "height_px": 1024}
 async def replicate_upstream(
     folder: Path, **options: object
 ) -> AsyncGenerator[tuple[Upstream, ReplicateSimulator], None]:
-    async with serve_replicate_simulator() as simulator, tools(folder) as given:
-        account = an_account(base_url=simulator.base_url, secret=KEY, options=options)
-
-        def fail(kind: FailureKind) -> None:
-            simulator.script(REPLICATE_FAULTS[kind])
-
-        yield (
-            Upstream(
-                PROVIDERS["replicate"](account, given),
-                fail,
-                lambda: simulator.script(Fault(answer="stuck")),
-                lambda: simulator.billed,
-                given.spools,
-                USUAL,
-            ),
+    async with (
+        serve_replicate_simulator() as simulator,
+        connected(
+            "replicate",
             simulator,
-        )
-
-
-@asynccontextmanager
-async def connect_replicate(folder: Path) -> AsyncGenerator[Upstream, None]:
-    async with replicate_upstream(folder) as (upstream, _):
-        yield upstream
+            folder,
+            REPLICATE_FAULTS,
+            options=options,
+            purchases=lambda: simulator.billed,
+            hang=Fault(answer="stuck"),
+            usual=USUAL,
+        ) as upstream,
+    ):
+        yield upstream, simulator
 
 
 def refused(status: int, title: str, detail: str) -> Fault:
@@ -63,25 +59,31 @@ def failed(text: str) -> Fault:
 
 
 REPLICATE_FAULTS = {
-    K.INVALID_REQUEST: failed(f"The input was invalid. {KEY} (E006)"),
-    K.CONTENT_POLICY: failed(f"Your request was rejected by the safety system. {KEY}"),
-    K.UNSUPPORTED: refused(404, "Not found", "The requested resource is not there."),
-    K.AUTH: refused(401, "Unauthenticated", f"This is no token: {KEY}"),
-    K.INSUFFICIENT_FUNDS: refused(
-        402, "Insufficient credit", "You have insufficient credit to run this model."
-    ),
-    K.RATE_LIMITED: throttled(30),
-    K.OVERLOADED: failed("Service is unavailable due to high demand. (E003)"),
-    K.BAD_GATEWAY: Fault(status=502, body=f"<html>{KEY}</html>"),
-    K.TIMEOUT: Fault(close="before_reply"),
-    K.NO_OUTPUT: Fault(answer="empty"),
-    K.RESULT_LOST: Fault(answer="dead_link"),
+    K.INVALID_REQUEST: [failed(f"The input was invalid. {KEY} (E006)")],
+    K.CONTENT_POLICY: [
+        failed(f"Your request was rejected by the safety system. {KEY}")
+    ],
+    K.UNSUPPORTED: [refused(404, "Not found", "The requested resource is not there.")],
+    K.AUTH: [refused(401, "Unauthenticated", f"This is no token: {KEY}")],
+    K.INSUFFICIENT_FUNDS: [
+        refused(
+            402,
+            "Insufficient credit",
+            "You have insufficient credit to run this model.",
+        )
+    ],
+    K.RATE_LIMITED: [throttled(30)],
+    K.OVERLOADED: [failed("Service is unavailable due to high demand. (E003)")],
+    K.BAD_GATEWAY: [Fault(status=502, body=f"<html>{KEY}</html>")],
+    K.TIMEOUT: [Fault(close="before_reply")],
+    K.NO_OUTPUT: [Fault(answer="empty")],
+    K.RESULT_LOST: [Fault(answer="dead_link")],
 }
 
 
 REPLICATE = Case(
     "replicate",
-    connect_replicate,
+    alone(replicate_upstream),
     USUALLY_BILLED,
     Capabilities(
         operations=frozenset(Operation),
@@ -104,6 +106,21 @@ REPLICATE = Case(
         cancel=True,
     ),
     secret=KEY,
+    look_step="poll",
+    wrong_options=[
+        ({"nope": 1}, "nope"),
+        ({"wait_s": 61}, "wait_s"),
+        ({"wait_s": -1}, "wait_s"),
+        ({"poll_ms": 1}, "poll_ms"),
+        ({"aspect_ratios": {"big": "1:1"}}, "aspect_ratios"),
+        ({"aspect_ratios": {"1024x1024": "1 1"}}, "aspect_ratios"),
+        ({"references_max": 17}, "references_max"),
+        ({"n_max": 0}, "n_max"),
+        ({"qualities": ["best"]}, "qualities"),
+        ({"output_formats": ["gif"]}, "output_formats"),
+        ({"backgrounds": ["auto"]}, "backgrounds"),
+        ({"download_hosts": ["https://x.test/"]}, "download_hosts"),
+    ],
     model=MODEL,
     size_px=(1536, 1024),
     counts_tokens=False,

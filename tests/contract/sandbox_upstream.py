@@ -32,7 +32,7 @@ async def connect_sandbox(folder: Path) -> AsyncGenerator[Upstream, None]:
         def hang() -> None:
             settings.change({"latency_ms": 600_000})
 
-        yield Upstream(provider, fail, hang, purchases, given.spools)
+        yield Upstream(provider, fail, hang, purchases, given, account)
 
 
 SANDBOX = Case(
@@ -43,4 +43,6 @@ SANDBOX = Case(
         operations=frozenset(Operation), mask=True, references_max=16, stream=True
     ),
     secret=an_account().secret,
+    wrong_options=[({"latency_ms": "1"}, "latency_ms"), ({"nope": 1}, "nope")],
+    is_remote=False,
 )

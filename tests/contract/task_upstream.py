@@ -7,11 +7,16 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from providers.kit.contract import Capabilities, FailureKind, Operation
-from providers.registry import PROVIDERS
+from providers.kit.contract import Capabilities, Operation
 from providers.task_api import TaskApi
-from tests.builders import an_account
-from tests.contract.upstreams import USUALLY_BILLED, Case, K, Upstream, tools
+from tests.contract.upstreams import (
+    USUALLY_BILLED,
+    Case,
+    K,
+    Upstream,
+    alone,
+    connected,
+)
 from tests.simulators.server import Fault
 from tests.simulators.task_server import KEY, TaskSimulator, serve_task_simulator
 
@@ -22,35 +27,26 @@ USUAL = {"width_px": 1024, "height_px": 1024}
 async def task_upstream(
     folder: Path, kind: type[TaskSimulator] = TaskSimulator, **options: object
 ) -> AsyncGenerator[tuple[Upstream, TaskSimulator], None]:
-    async with serve_task_simulator(kind) as simulator, tools(folder) as given:
-        account = an_account(base_url=simulator.base_url, secret=KEY, options=options)
-        provider = PROVIDERS["task_api"](account, given)
-        assert isinstance(provider, TaskApi)
-
-        def fail(kind: FailureKind) -> None:
-            simulator.script(*TASK_FAULTS[kind])
-
-        yield (
-            Upstream(
-                replace(provider, replay_pause_s=0),
-                fail,
-                lambda: simulator.script(Fault(hang=True)),
-                lambda: sum(
-                    purchase.n
-                    for purchase in simulator.purchases
-                    if purchase.charge != "released"
-                ),
-                given.spools,
-                USUAL,
-            ),
+    async with (
+        serve_task_simulator(kind) as simulator,
+        connected(
+            "task_api",
             simulator,
-        )
+            folder,
+            TASK_FAULTS,
+            options=options,
+            purchases=lambda: unreleased(simulator),
+            usual=USUAL,
+        ) as upstream,
+    ):
+        assert isinstance(upstream.provider, TaskApi)
+        upstream.provider = replace(upstream.provider, replay_pause_s=0)
+        yield upstream, simulator
 
 
-@asynccontextmanager
-async def connect_task(folder: Path) -> AsyncGenerator[Upstream, None]:
-    async with task_upstream(folder) as (upstream, _):
-        yield upstream
+def unreleased(simulator: TaskSimulator) -> int:
+    """Count the pictures that the account pays for."""
+    return sum(one.n for one in simulator.purchases if one.charge != "released")
 
 
 def task_error(status: int, code: str, message: str = "no") -> list[Fault]:
@@ -76,7 +72,7 @@ TASK_FAULTS = {
 
 TASK = Case(
     "task_api",
-    connect_task,
+    alone(task_upstream),
     USUALLY_BILLED,
     Capabilities(
         operations=frozenset(Operation),
@@ -86,6 +82,23 @@ TASK = Case(
         idempotent=frozenset({Operation.GENERATE}),
     ),
     secret=KEY,
+    look_step="poll",
+    wrong_options=[
+        ({"nope": 1}, "nope"),
+        ({"dialect": "kie"}, "dialect"),
+        ({"submit_path": "images"}, "submit_path"),
+        ({"task_path": "/tasks"}, "task_path"),
+        ({"files_url": "files.test"}, "files_url"),
+        ({"references": "always"}, "references"),
+        ({"references": "upload", "dialect": "apimart"}, "references"),
+        ({"references_max": 17}, "references_max"),
+        ({"n_max": 11}, "n_max"),
+        ({"poll_after_ms": 10}, "poll_after_ms"),
+        ({"sizes": ["big"]}, "sizes"),
+        ({"qualities": ["best"]}, "qualities"),
+        ({"output_formats": ["gif"]}, "output_formats"),
+        ({"download_hosts": ["https://x.test/"]}, "download_hosts"),
+    ],
     size_px=(1776, 592),
     counts_tokens=False,
 )

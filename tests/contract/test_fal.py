@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -311,17 +310,6 @@ async def test_a_read_that_fails_can_be_repeated(
         assert upstream.files() == 0
 
 
-async def test_a_look_that_hangs_is_left_at_the_deadline(tmp_path: Path) -> None:
-    async with fal_upstream(tmp_path) as (upstream, simulator):
-        job_id = (await pending(upstream)).job_id
-        simulator.script(Fault("status", hang=True))
-        with pytest.raises(ProviderError) as caught:
-            async with asyncio.timeout(HANGING_S):
-                await upstream.provider.poll(upstream.job(deadline_s=0.05), job_id)
-    assert (caught.value.kind, caught.value.billed) == (K.TIMEOUT, MAYBE)
-    assert not caught.value.ended
-
-
 @pytest.mark.parametrize(
     ("on", "billed"), [("status", MAYBE), ("result", YES)], ids=str
 )
@@ -502,17 +490,6 @@ async def test_the_status_tells_why_where_the_result_does_not(tmp_path: Path) ->
     assert error.upstream_code == "runner_scheduling_failure"
 
 
-async def test_a_dead_upstream_was_certainly_not_asked(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        base_url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    async with tools(tmp_path) as given:
-        provider = PROVIDERS["fal"](an_account(base_url=base_url), given)
-        with pytest.raises(ProviderError) as caught:
-            await provider.start(a_job(model=MODEL))
-    assert (caught.value.kind, caught.value.billed) == (K.NETWORK, NO)
-
-
 async def test_an_upload_that_breaks_off_was_certainly_not_bought(
     tmp_path: Path,
 ) -> None:
@@ -520,17 +497,6 @@ async def test_an_upload_that_breaks_off_was_certainly_not_bought(
         large = png(64, 32, padding=30_000_000)
         reference = an_input(upstream.spools, large)
         simulator.script(Fault(close="mid_upload"))
-        error = await upstream.failure(operation=EDIT, references=(reference,))
-        assert (error.kind, error.billed) == (K.NETWORK, NO)
-        assert not simulator.purchases
-
-
-async def test_a_reference_that_cannot_be_read_is_not_sent(tmp_path: Path) -> None:
-    async with fal_upstream(tmp_path) as (upstream, simulator):
-        reference = an_input(upstream.spools, bytes(2 * MEMORY_MAX_BYTES))
-        list(reference.payload.chunks())
-        for file in tmp_path.iterdir():
-            file.unlink()
         error = await upstream.failure(operation=EDIT, references=(reference,))
         assert (error.kind, error.billed) == (K.NETWORK, NO)
         assert not simulator.purchases
@@ -840,50 +806,6 @@ async def test_it_is_said_what_a_model_can_do(
         if capable.references_max < 16 or not capable.mask:
             assert error.kind is K.UNSUPPORTED
             assert not simulator.requests
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"nope": 1}, "nope"),
-        ({"edits": "no"}, "edits"),
-        ({"edit_models": ["a"]}, "edit_models"),
-        ({"edit_models": {"a": "b c"}}, "edit_models"),
-        ({"n_max": 5}, "n_max"),
-        ({"references_max": 17}, "references_max"),
-        ({"usage": True}, "usage"),
-        ({"priority": "high"}, "priority"),
-        ({"sizes": ["big"]}, "sizes"),
-        ({"qualities": ["best"]}, "qualities"),
-        ({"download_hosts": ["https://x.test/"]}, "download_hosts"),
-    ],
-)
-async def test_a_wrong_option_is_named_at_construction(
-    options: dict[str, object], named: str, tmp_path: Path
-) -> None:
-    async with tools(tmp_path) as given:
-        with pytest.raises(ValueError, match=named):
-            PROVIDERS["fal"](an_account(options=options), given)
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"base_url": "queue.fal.run"}, "base_url"),
-        ({"base_url": "ftp://queue.fal.run"}, "base_url"),
-        ({"base_url": "https://u:p@queue.fal.run"}, "base_url"),
-        ({"base_url": "https://queue.fal.run?x=1"}, "base_url"),
-        ({"base_url": "https://queue.fal.run:no"}, "base_url"),
-        ({"secret": ""}, "credential"),
-        ({"secret": "two\nlines"}, "credential"),
-    ],
-)
-async def test_an_account_that_cannot_work_is_refused_at_construction(
-    changes: dict[str, str], named: str, tmp_path: Path
-) -> None:
-    async with tools(tmp_path) as given:
-        with pytest.raises(ValueError, match=named):
-            PROVIDERS["fal"](an_account(**changes), given)
 
 
 # --- the simulator refuses what fal refuses ---

@@ -213,19 +213,21 @@ async def test_a_break_after_the_upload_was_maybe_bought(
         close(reference)
 
 
-async def test_a_reference_that_cannot_be_read_is_not_sent(tmp_path: Path) -> None:
-    async with openai_upstream(tmp_path) as (upstream, simulator):
-        spool = SpoolFolder(tmp_path).from_bytes(bytes(2 * MEMORY_MAX_BYTES))
-        list(spool.chunks())
+# --- openai: the shape of what is sent ---
+
+
+@those(lambda case: edits(case) and case.is_remote)
+async def test_a_reference_that_cannot_be_read_is_not_sent(
+    case: Case, tmp_path: Path
+) -> None:
+    async with case.connect(tmp_path) as upstream:
+        reference = an_input(upstream.spools, bytes(2 * MEMORY_MAX_BYTES))
+        list(reference.payload.chunks())
         for file in tmp_path.iterdir():
             file.unlink()
-        reference = InputFile(spool, "image/png", 64, 32)
         error = await upstream.failure(operation=EDIT, references=(reference,))
         assert (error.kind, error.billed) == (K.NETWORK, Billed.NO)
-        assert not simulator.purchases
-
-
-# --- openai: the shape of what is sent ---
+        assert upstream.purchases() == 0
 
 
 async def sent(folder: Path, **changes: Any) -> list[tuple[str, str | None, bytes]]:

@@ -211,8 +211,9 @@ async def streaming(
         )
         transport = httpx.MockTransport(router.async_handler)
         async with tools(folder, transport) as given:
-            provider = PROVIDERS["openai"](an_account(), given)
-            yield Upstream(provider, print, print, int, given.spools)
+            account = an_account()
+            provider = PROVIDERS["openai"](account, given)
+            yield Upstream(provider, print, print, int, given, account)
 
 
 def event(kind: str, **more: object) -> dict[str, object]:

@@ -6,8 +6,8 @@ import asyncio
 import base64
 import io
 import json
-import socket
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,22 @@ from providers.kit.contract import (
     Done,
     FailureKind,
     Operation,
+    Pending,
     ProviderError,
     Usage,
 )
 from providers.kit.spool import MEMORY_MAX_BYTES
 from providers.registry import PROVIDERS
 from tests.builders import a_job, an_account
-from tests.contract.cases import CASES, each_failure, each_provider, those
+from tests.contract.cases import CASES, each_failure, each_provider, remote, those
 from tests.contract.openai_upstream import openai_upstream
 from tests.contract.sandbox_upstream import connect_sandbox
-from tests.contract.upstreams import Case, K, file_of, tools
+from tests.contract.upstreams import Case, K, file_of, nobody_at, tools
 from tests.simulators.openai_server import KEY
 from tests.simulators.pictures import png
 from tests.simulators.server import Fault
+
+HOUR_S = 3600.0
 
 
 def test_every_adapter_has_a_case() -> None:
@@ -171,6 +174,74 @@ async def test_no_job_is_ever_asked_for_that_was_not_left_pending(
         await upstream.provider.close()
 
 
+@those(remote)
+async def test_a_dead_upstream_was_certainly_not_asked(
+    case: Case, tmp_path: Path
+) -> None:
+    async with case.connect(tmp_path) as upstream:
+        account = replace(upstream.account, base_url=nobody_at())
+        provider = PROVIDERS[case.name](account, upstream.tools)
+        with pytest.raises(ProviderError) as caught:
+            await provider.start(upstream.job())
+    assert (caught.value.kind, caught.value.billed) == (K.NETWORK, Billed.NO)
+
+
+@those(lambda case: bool(case.look_step))
+async def test_a_look_that_hangs_is_left_long_before_the_deadline(
+    case: Case, tmp_path: Path
+) -> None:
+    async with (
+        case.connect(tmp_path) as upstream,
+        tools(tmp_path, read_max_s=0.05) as impatient,
+    ):
+        assert upstream.simulator is not None
+        job = upstream.job(deadline_s=HOUR_S)
+        step = await upstream.provider.start(job)
+        assert isinstance(step, Pending)
+        upstream.simulator.script(Fault(case.look_step, hang=True))
+        provider = PROVIDERS[case.name](upstream.account, impatient)
+        with pytest.raises(ProviderError) as caught:
+            await provider.poll(job, step.job_id)
+        error = caught.value
+        assert (error.kind, error.billed) == (K.TIMEOUT, Billed.MAYBE)
+        assert not error.ended
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "named"),
+    [(case, *wrong) for case in CASES for wrong in case.wrong_options],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+async def test_a_wrong_option_is_named_at_construction(
+    case: Case, options: dict[str, object], named: str, tmp_path: Path
+) -> None:
+    async with tools(tmp_path) as given:
+        with pytest.raises(ValueError, match=named):
+            PROVIDERS[case.name](an_account(options=options), given)
+
+
+@those(remote)
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"base_url": "upstream.test/v1"}, "base_url"),
+        ({"base_url": "ftp://upstream.test/v1"}, "base_url"),
+        ({"base_url": "https://u:p@upstream.test/v1"}, "base_url"),
+        ({"base_url": "https://upstream.test/v1?x=1"}, "base_url"),
+        ({"base_url": "https://upstream.test:no/v1"}, "base_url"),
+        ({"base_url": "https://upstream.test:0/v1"}, "base_url"),
+        ({"secret": ""}, "credential"),
+        ({"secret": "two\nlines"}, "credential"),
+    ],
+)
+async def test_an_account_that_cannot_work_is_refused_at_construction(
+    case: Case, changes: dict[str, str], named: str, tmp_path: Path
+) -> None:
+    async with tools(tmp_path) as given:
+        with pytest.raises(ValueError, match=named):
+            PROVIDERS[case.name](an_account(**changes), given)
+
+
 @each_provider
 async def test_it_only_says_it_can_do_what_it_does(case: Case, tmp_path: Path) -> None:
     async with case.connect(tmp_path) as upstream:
@@ -189,17 +260,6 @@ async def test_a_prompt_in_any_script_is_taken(case: Case, tmp_path: Path) -> No
 
 
 # --- openai: failures of the network ---
-
-
-async def test_a_dead_upstream_was_certainly_not_asked(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        base_url = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
-    async with tools(tmp_path) as given:
-        provider = PROVIDERS["openai"](an_account(base_url=base_url), given)
-        with pytest.raises(ProviderError) as caught:
-            await provider.start(a_job())
-    assert (caught.value.kind, caught.value.billed) == (K.NETWORK, Billed.NO)
 
 
 @pytest.mark.parametrize(
@@ -436,56 +496,6 @@ async def test_options_say_what_the_server_can_do(tmp_path: Path) -> None:
         assert plain.capabilities("any") == Capabilities(
             operations=frozenset(Operation), references_max=16, mask=True, stream=True
         )
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"nope": 1}, "nope"),
-        ({"auth_header": "basic"}, "auth_header"),
-        ({"response_format": "png"}, "response_format"),
-        ({"usage": True}, "usage"),
-        ({"n_max": 0}, "n_max"),
-        ({"references_max": 17}, "references_max"),
-        ({"edits": "no"}, "edits"),
-        ({"stream": 1}, "stream"),
-        ({"n_max": "4"}, "n_max"),
-        ({"strip_fields": "quality"}, "strip_fields"),
-        ({"sizes": ["big"]}, "sizes"),
-        ({"qualities": ["best"]}, "qualities"),
-        ({"output_formats": ["gif"]}, "output_formats"),
-        ({"backgrounds": ["auto"]}, "backgrounds"),
-        ({"download_hosts": ["https://x.test/"]}, "download_hosts"),
-        ({"organization": "a\r\nb: c"}, "organization"),
-        ({"path_prefix": "a b"}, "path_prefix"),
-    ],
-)
-async def test_a_wrong_option_is_named_at_construction(
-    options: dict[str, object], named: str, tmp_path: Path
-) -> None:
-    async with tools(tmp_path) as given:
-        with pytest.raises(ValueError, match=named):
-            PROVIDERS["openai"](an_account(options=options), given)
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"base_url": "upstream.test/v1"}, "base_url"),
-        ({"base_url": "ftp://upstream.test/v1"}, "base_url"),
-        ({"base_url": "https://u:p@upstream.test/v1"}, "base_url"),
-        ({"base_url": "https://upstream.test/v1?x=1"}, "base_url"),
-        ({"base_url": "https://upstream.test:no/v1"}, "base_url"),
-        ({"secret": ""}, "credential"),
-        ({"secret": "two\nlines"}, "credential"),
-    ],
-)
-async def test_an_account_that_cannot_work_is_refused_at_construction(
-    changes: dict[str, str], named: str, tmp_path: Path
-) -> None:
-    async with tools(tmp_path) as given:
-        with pytest.raises(ValueError, match=named):
-            PROVIDERS["openai"](an_account(**changes), given)
 
 
 # --- openai: usage ---

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,9 @@ from providers.kit.contract import (
     ProviderError,
     Usage,
 )
-from providers.kit.spool import MEMORY_MAX_BYTES
 from providers.registry import PROVIDERS
 from tests.builders import a_job, an_account
-from tests.contract.task_upstream import USUAL, task_error, task_upstream
+from tests.contract.task_upstream import task_error, task_upstream
 from tests.contract.upstreams import K, Upstream, an_input, file_of, tools
 from tests.simulators.pictures import png
 from tests.simulators.server import Fault
@@ -281,17 +279,6 @@ async def test_the_wait_that_is_asked_for_is_told(
         assert (error.kind, error.retry_after_s) == (K.RATE_LIMITED, wait_s)
 
 
-async def test_a_dead_upstream_was_certainly_not_asked(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        base_url = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
-    async with tools(tmp_path) as given:
-        provider = PROVIDERS["task_api"](an_account(base_url=base_url), given)
-        with pytest.raises(ProviderError) as caught:
-            await provider.start(a_job(**USUAL))
-    assert (caught.value.kind, caught.value.billed) == (K.NETWORK, NO)
-
-
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [
@@ -351,17 +338,6 @@ async def test_an_upload_that_fails_has_bought_nothing(
         assert all("/images/" not in seen.path for seen in simulator.requests)
         reference.payload.close()
         assert upstream.files() == 0
-
-
-async def test_a_reference_that_cannot_be_read_is_not_sent(tmp_path: Path) -> None:
-    async with task_upstream(tmp_path) as (upstream, simulator):
-        reference = an_input(upstream.spools, bytes(2 * MEMORY_MAX_BYTES))
-        list(reference.payload.chunks())
-        for file in tmp_path.iterdir():
-            file.unlink()
-        error = await upstream.failure(operation=EDIT, references=(reference,))
-        assert (error.kind, error.billed) == (K.NETWORK, NO)
-        assert not simulator.purchases
 
 
 # --- a look that fails ---
@@ -884,50 +860,6 @@ async def test_options_say_what_the_server_can_do(
             error = await upstream.failure(references=references, **edit)
             assert error.kind is K.UNSUPPORTED
         assert not simulator.requests
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"nope": 1}, "nope"),
-        ({"dialect": "kie"}, "dialect"),
-        ({"submit_path": "images"}, "submit_path"),
-        ({"task_path": "/tasks"}, "task_path"),
-        ({"files_url": "files.test"}, "files_url"),
-        ({"references": "always"}, "references"),
-        ({"references": "upload", "dialect": "apimart"}, "references"),
-        ({"references_max": 17}, "references_max"),
-        ({"n_max": 11}, "n_max"),
-        ({"poll_after_ms": 10}, "poll_after_ms"),
-        ({"sizes": ["big"]}, "sizes"),
-        ({"qualities": ["best"]}, "qualities"),
-        ({"output_formats": ["gif"]}, "output_formats"),
-        ({"download_hosts": ["https://x.test/"]}, "download_hosts"),
-    ],
-)
-async def test_a_wrong_option_is_named_at_construction(
-    options: dict[str, object], named: str, tmp_path: Path
-) -> None:
-    async with tools(tmp_path) as given:
-        with pytest.raises(ValueError, match=named):
-            PROVIDERS["task_api"](an_account(options=options), given)
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"base_url": "ftp://upstream.test/v1"}, "base_url"),
-        ({"base_url": "https://u:p@upstream.test/v1"}, "base_url"),
-        ({"secret": ""}, "credential"),
-        ({"secret": "two\nlines"}, "credential"),
-    ],
-)
-async def test_an_account_that_cannot_work_is_refused_at_construction(
-    changes: dict[str, str], named: str, tmp_path: Path
-) -> None:
-    async with tools(tmp_path) as given:
-        with pytest.raises(ValueError, match=named):
-            PROVIDERS["task_api"](an_account(**changes), given)
 
 
 # --- the simulator is strict, and honest ---

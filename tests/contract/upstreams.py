@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncGenerator, Callable, Mapping
+import socket
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import httpx
 import pytest
 
 from providers.kit.contract import (
+    Account,
     Billed,
     Capabilities,
     Done,
@@ -27,8 +29,10 @@ from providers.kit.contract import (
     ProviderError,
 )
 from providers.kit.spool import SpoolFolder
-from providers.kit.wire import Tools, Wire
-from tests.builders import a_job
+from providers.kit.wire import READ_MAX_S, Tools, Wire
+from providers.registry import PROVIDERS
+from tests.builders import a_job, an_account
+from tests.simulators.server import Fault, Simulator
 
 K = FailureKind
 
@@ -41,9 +45,15 @@ class Upstream:
     fail: Callable[[FailureKind], None]
     hang: Callable[[], None]
     purchases: Callable[[], int]
-    spools: SpoolFolder
+    tools: Tools
+    account: Account
+    simulator: Simulator | None = None
     usual: Mapping[str, Any] = field(default_factory=dict)
     """What a plain job asks for here, where ``a_job`` asks for what it cannot do."""
+
+    @property
+    def spools(self) -> SpoolFolder:
+        return self.tools.spools
 
     def job(self, **changes: Any) -> ImageJob:
         return a_job(**{**self.usual, **changes})
@@ -99,7 +109,10 @@ class Case:
 
     ``capable`` is what its capabilities must be. ``size_px`` is a size that it can
     make, ``auto_px`` what it makes when the size is left to it, ``counts_tokens``
-    whether it reports a usage, ``secret`` what must never be shown.
+    whether it reports a usage, ``secret`` what must never be shown. ``look_step`` is
+    what its simulator calls a look at a job, where jobs are left pending.
+    ``wrong_options`` are each refused by a message that names what is wrong.
+    ``is_remote`` tells that there is a host and a credential.
     """
 
     name: str
@@ -111,6 +124,9 @@ class Case:
     size_px: tuple[int, int] = (592, 176)
     auto_px: tuple[int, int] = (1024, 1024)
     counts_tokens: bool = True
+    look_step: str = ""
+    wrong_options: Sequence[tuple[Mapping[str, object], str]] = ()
+    is_remote: bool = True
 
 
 async def noted(
@@ -130,6 +146,13 @@ def file_of(image: MadeImage) -> bytes:
     return base64.b64decode(text) if image.payload.encoding == "base64" else text
 
 
+def nobody_at() -> str:
+    """Name a port on which nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
 def an_input(
     spools: SpoolFolder,
     file: bytes,
@@ -145,10 +168,64 @@ def an_input(
 
 
 @asynccontextmanager
+async def connected(
+    kind: str,
+    simulator: Simulator,
+    folder: Path,
+    faults: Mapping[FailureKind, Sequence[Fault]],
+    *,
+    options: Mapping[str, object],
+    purchases: Callable[[], int] | None = None,
+    hang: Fault = Fault(hang=True),  # noqa: B008 - it is frozen
+    secret: str | None = None,
+    usual: Mapping[str, Any] | None = None,
+) -> AsyncGenerator[Upstream, None]:
+    """Connect an adapter to its simulator; ``faults`` make it fail."""
+    async with tools(folder) as given:
+        account = an_account(
+            base_url=simulator.base_url,
+            secret=simulator.key if secret is None else secret,
+            options=options,
+        )
+        provider = PROVIDERS[kind](account, given)
+        try:
+            yield Upstream(
+                provider,
+                lambda kind: simulator.script(*faults[kind]),
+                lambda: simulator.script(hang),
+                purchases or (lambda: sum(one.n for one in simulator.purchases)),
+                given,
+                account,
+                simulator,
+                usual or {},
+            )
+        finally:
+            await provider.close()
+
+
+def alone(
+    connect: Callable[[Path], AbstractAsyncContextManager[tuple[Upstream, Any]]],
+) -> Callable[[Path], AbstractAsyncContextManager[Upstream]]:
+    """Connect as ``connect`` does, for tests that know no simulator."""
+
+    @asynccontextmanager
+    async def connect_alone(folder: Path) -> AsyncGenerator[Upstream, None]:
+        async with connect(folder) as (upstream, _):
+            yield upstream
+
+    return connect_alone
+
+
+@asynccontextmanager
 async def tools(
-    folder: Path, transport: httpx.AsyncBaseTransport | None = None
+    folder: Path,
+    transport: httpx.AsyncBaseTransport | None = None,
+    *,
+    read_max_s: float = READ_MAX_S,
 ) -> AsyncGenerator[Tools, None]:
-    wire = Wire(8, transport=transport, download_pauses_s=(0, 0, 0))
+    wire = Wire(
+        8, transport=transport, read_max_s=read_max_s, download_pauses_s=(0, 0, 0)
+    )
     try:
         yield Tools(wire, SpoolFolder(folder), fraction=lambda: 0.5)
     finally:

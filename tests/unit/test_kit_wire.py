@@ -347,9 +347,30 @@ async def test_text_that_is_no_unicode_is_the_requests_own_fault() -> None:
 # --- downloads ---
 
 
-def a_download(url: str, *hosts: str) -> Download:
-    deadline_at_s = asyncio.get_running_loop().time() + 5
+def a_download(url: str, *hosts: str, left_s: float = 5) -> Download:
+    deadline_at_s = asyncio.get_running_loop().time() + left_s
     return Download(url, hosts or ("127.0.0.1",), deadline_at_s, secret=SECRET)
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 x\r\nContent-Length: 2\r\n\r\n"])
+async def test_a_download_that_hangs_is_left_long_before_the_deadline(
+    head: bytes, tmp_path: Path
+) -> None:
+    asked: list[bytes] = []
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(head)
+        writer.write(head)
+        await reader.read()
+
+    one = Wire(4, read_max_s=0.05, download_pauses_s=(0, 0))
+    async with upstream(hang) as url:
+        download = a_download(url, left_s=3600)
+        with pytest.raises(ProviderError) as caught:
+            await one.download(download, SpoolFolder(tmp_path))
+        await one.close()
+    assert (caught.value.kind, len(asked)) == (FailureKind.RESULT_LOST, 2)
+    assert not list(tmp_path.iterdir())
 
 
 async def test_a_download_is_tried_again_and_carries_no_credential(
