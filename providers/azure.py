@@ -33,6 +33,7 @@ from providers.kit.contract import (
 )
 from providers.kit.image_jobs import check_edit, edit_form, job_fields, unable
 from providers.kit.images_api import ImagesApi
+from providers.kit.probes import ask
 from providers.kit.tokens import CommandTokens, FileTokens, Tokens
 from providers.kit.wire import Call, Tools, deadline_in
 
@@ -138,6 +139,20 @@ class Azure:
         """Fail: no job is ever left pending by this API."""
         raise unable("this API has no jobs to ask for")
 
+    async def probe(self, model: str, deadline_s: float) -> None:  # noqa: ARG002 - the contract's; a key is for all deployments
+        """List the models of the resource."""
+        deadline_at_s = deadline_in(deadline_s)
+        headers, token = await self._credential(deadline_at_s)
+        call = Call(
+            "GET",
+            _url(self.account.base_url, self.options, "", "models"),
+            deadline_at_s,
+            headers=headers,
+            secret=token or self.account.secret,
+        )
+        with self._unless_refused(token):
+            await ask(self.tools.wire, call)
+
     async def close(self) -> None:
         """Stop fetching tokens; the connections belong to the wire."""
         if self.tokens is not None:
@@ -158,18 +173,17 @@ class Azure:
             check_edit(job, self.capabilities(job.model))
         fields = _fields(job, self.options, stream=stream)
         body = edit_form(job, fields) if edit else None
-        token = await self._token(deadline_at_s)
-        # Both at once is an error at Azure, and a key as bearer is one, too.
-        headers = (
-            {"Authorization": f"Bearer {token}"}
-            if token
-            else {"api-key": self.account.secret}
-        )
+        headers, token = await self._credential(deadline_at_s)
         if stream:
             headers["Accept"] = "text/event-stream, application/json"
         call = Call(
             "POST",
-            _url(self.account.base_url, self.options, job),
+            _url(
+                self.account.base_url,
+                self.options,
+                f"/deployments/{quote(job.model, safe='')}",
+                f"images/{'edits' if edit else 'generations'}",
+            ),
             deadline_at_s,
             headers=headers,
             json=None if edit else fields,
@@ -177,6 +191,14 @@ class Azure:
             secret=token or self.account.secret,
         )
         return call, token
+
+    async def _credential(self, deadline_at_s: float) -> tuple[dict[str, str], str]:
+        """Give the headers that prove who asks, and the Entra token in them, if any."""
+        token = await self._token(deadline_at_s)
+        # Both at once is an error at Azure, and a key as bearer is one, too.
+        if token:
+            return {"Authorization": f"Bearer {token}"}, token
+        return {"api-key": self.account.secret}, ""
 
     async def _token(self, deadline_at_s: float) -> str:
         if self.tokens is None:
@@ -211,14 +233,12 @@ def _fields(job: ImageJob, options: Options, *, stream: bool) -> dict[str, objec
     return {name: value for name, value in fields.items() if name not in unwanted}
 
 
-def _url(base_url: str, options: Options, job: ImageJob) -> str:
+def _url(base_url: str, options: Options, deployment: str, path: str) -> str:
+    """Write an URL in the account's form; the v1 form names no deployment in it."""
     version = options.api_version
+    root = "/openai/v1"
     if options.form == "deployment":
-        root = f"/openai/deployments/{quote(job.model, safe='')}"
+        root = f"/openai{deployment}"
         version = version or DATED_API_VERSION
-    else:
-        root = "/openai/v1"
-    edit = job.operation is Operation.EDIT
-    path = f"{root}/images/{'edits' if edit else 'generations'}"
     query = "?" + urlencode({"api-version": version}) if version else ""
-    return base_url.rstrip("/") + path + query
+    return f"{base_url.rstrip('/')}{root}/{path}{query}"

@@ -38,6 +38,7 @@ from providers.kit.image_jobs import check_edit, unable
 from providers.kit.images_api import Quality
 from providers.kit.json_bodies import json_body
 from providers.kit.pictures import collected, fetched, made
+from providers.kit.probes import ask_in_vain
 from providers.kit.refusals import Refusal, judge
 from providers.kit.replies import (
     Fields,
@@ -53,6 +54,7 @@ POLL_QUEUED_S = 2.0
 POLL_RUNNING_S = 1.0
 START_MIN_S = 2
 """fal refuses a time to start of 1 s or less."""
+NO_REQUEST_ID = "00000000-0000-0000-0000-000000000000"
 N_MAX = 4
 REFERENCES_MAX = 16
 UNITS_MAX = 1_000_000
@@ -196,6 +198,25 @@ class Fal:
             if not heard.is_success:
                 raise self._refused(heard)
         return Cancelled(Billed.NO if state == "IN_QUEUE" else Billed.MAYBE)
+
+    async def probe(self, model: str, deadline_s: float) -> None:
+        """Look at a job that cannot be: who has no key is not told that it is not."""
+        app = "/".join(model.split("/")[:2])
+        base_url = self.account.base_url.rstrip("/")
+        call = Call(
+            "GET",
+            f"{base_url}/{app}/requests/{NO_REQUEST_ID}/status",
+            deadline_in(deadline_s),
+            headers=self._headers({}),
+            secret=self.account.secret,
+        )
+
+        def judged(
+            status: int, headers: Mapping[str, str], body: object, _: str
+        ) -> ProviderError:
+            return self._refused(_Heard(status, headers, body))
+
+        await ask_in_vain(self.tools.wire, call, judged)
 
     async def close(self) -> None:
         """Nothing to give back: the connections belong to the wire."""

@@ -6,9 +6,9 @@ What such servers do differently is an option of the account, see ``Quirks``.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -19,16 +19,25 @@ from providers.kit.contract import (
     Cancelled,
     Capabilities,
     Done,
+    FailureKind,
     ImageJob,
     Operation,
     Partial,
     Pending,
+    ProviderError,
 )
 from providers.kit.image_jobs import check_edit, edit_form, job_fields, unable
 from providers.kit.images_api import ImagesApi
+from providers.kit.probes import ask
+from providers.kit.refusals import Refusal, judge
 from providers.kit.wire import Call, Tools, deadline_in
 
+MODELS_PATH = "/models"
+
 _GPT_IMAGE = re.compile(r"(?:.*/)?(?:gpt-image-|chatgpt-image-)")
+
+_NO_SCOPE = re.compile(r"(?i)missing scopes?\b")
+"""So a key is refused that may make pictures and must not list models."""
 
 
 class Quirks(Abilities, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -100,8 +109,29 @@ class OpenAI:
         """Fail: no job is ever left pending by this API."""
         raise unable("this API has no jobs to ask for")
 
+    async def probe(self, model: str, deadline_s: float) -> None:  # noqa: ARG002 - the contract's; a key is for all models
+        """List the models; nothing is known where anybody may."""
+        call = Call(
+            "GET",
+            self._url(MODELS_PATH),
+            deadline_in(deadline_s),
+            headers=self._headers(),
+            secret=self.account.secret,
+        )
+        wire = self.tools.wire
+        await ask(wire, call, judged_listing)
+        if self.quirks.auth_header != "none":
+            await self._see_it_is_needed(call)
+
     async def close(self) -> None:
         """Nothing to give back: the connections belong to the wire."""
+
+    async def _see_it_is_needed(self, call: Call) -> None:
+        try:
+            await ask(self.tools.wire, replace(call, headers={}))
+        except ProviderError:
+            return
+        raise unable("it lists its models to anybody: the key was not looked at")
 
     @property
     def _api(self) -> ImagesApi:
@@ -154,3 +184,12 @@ def _fields(job: ImageJob, quirks: Quirks, *, stream: bool) -> dict[str, object]
     return {
         name: value for name, value in fields.items() if name not in quirks.strip_fields
     }
+
+
+def judged_listing(
+    status: int, headers: Mapping[str, str], body: object, secret: str
+) -> ProviderError:
+    """Classify an error of listing models: a key may be good for pictures alone."""
+    refused = Refusal.of(status, headers, body)
+    narrow = bool(_NO_SCOPE.search(refused.message))
+    return judge(refused, secret, kind=FailureKind.UNSUPPORTED if narrow else None)

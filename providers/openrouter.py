@@ -35,12 +35,14 @@ from providers.kit.contract import (
 from providers.kit.image_jobs import check_edit, unable
 from providers.kit.images_api import Background, ImagesApi, Quality
 from providers.kit.json_bodies import json_body
+from providers.kit.probes import ask, is_used_up
 from providers.kit.refusals import Refusal, judge
 from providers.kit.replies import as_object, decoded
 from providers.kit.usages import read_nanousd, read_usage
 from providers.kit.wire import Call, Tools, deadline_in
 
 PATH = "/images"
+KEY_PATH = "/key"
 RATIOS = frozenset(
     {
         *("1:1", "1:2", "1:4", "1:8", "2:1", "2:3", "3:2", "3:4", "4:1", "4:3", "4:5"),
@@ -156,6 +158,21 @@ class OpenRouter:
     async def cancel(self, job: ImageJob, job_id: str) -> Cancelled | None:  # noqa: ARG002 - the contract's
         """Fail: no job is ever left pending by this API."""
         raise unable("this API has no jobs to ask for")
+
+    async def probe(self, model: str, deadline_s: float) -> None:  # noqa: ARG002 - the contract's; a key is for all models
+        """Ask what the key may do, and whether it may still spend."""
+        call = Call(
+            "GET",
+            self.account.base_url.rstrip("/") + KEY_PATH,
+            deadline_in(deadline_s),
+            headers={"Authorization": f"Bearer {self.account.secret}"},
+            secret=self.account.secret,
+        )
+        key = as_object((await ask(self.tools.wire, call, judged)).get("data"))
+        if is_used_up(key.get("limit_remaining")):
+            raise ProviderError(
+                FailureKind.INSUFFICIENT_FUNDS, "the key's own limit is used up"
+            )
 
     async def close(self) -> None:
         """Nothing to give back: the connections belong to the wire."""

@@ -45,6 +45,7 @@ from providers.kit.pictures import (
     hosts_for,
     made,
 )
+from providers.kit.probes import ask
 from providers.kit.refusals import Refusal, judge, refusal
 from providers.kit.replies import Fields, as_object, read_object, unreadable
 from providers.kit.spool import Spool
@@ -249,6 +250,12 @@ class Replicate:
         if prediction.status in {"succeeded", "failed"}:
             return None
         return Cancelled(_BILLED_BY_STATE.get(prediction.status, Billed.MAYBE))
+
+    async def probe(self, model: str, deadline_s: float) -> None:  # noqa: ARG002 - the contract's; a token is for all models
+        """Ask whose token it is."""
+        url = f"{self._home}/account"
+        call = self._call("GET", url, deadline_in(deadline_s))
+        await ask(self.tools.wire, call)
 
     async def close(self) -> None:
         """Nothing to give back: the connections belong to the wire."""

@@ -186,6 +186,10 @@ class Sandbox:
         """Fail: nothing is ever pending here."""
         raise ProviderError(FailureKind.UNSUPPORTED, "the sandbox has no jobs to ask")
 
+    async def probe(self, model: str, deadline_s: float) -> None:  # noqa: ARG002 - the contract's
+        """Fail: there is no credential here, and nothing to ask."""
+        raise ProviderError(FailureKind.UNSUPPORTED, "the sandbox has no credential")
+
     async def close(self) -> None:
         """Nothing to give back."""
 

@@ -46,6 +46,7 @@ from providers.kit.images_api import Background, Quality
 from providers.kit.json_bodies import json_body
 from providers.kit.multipart import FormFile, form
 from providers.kit.pictures import collected, fetched, hosts_for, made
+from providers.kit.probes import ask, ask_in_vain, is_used_up
 from providers.kit.refusals import Refusal, judge
 from providers.kit.replies import Fields, as_object, decoded, read_answer, unreadable
 from providers.kit.usages import read_usage
@@ -71,6 +72,7 @@ MILLIONTHS = 10**6
 AMOUNT_MAX = Decimal(10**9)
 """An amount of money or credits beyond this is none."""
 PROGRESS_MAX = 100
+NO_TASK_ID = "task-00000000"
 
 _TASK_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z._:-]{0,127}")
 _PERCENT = re.compile(r"([0-9]{1,3})%?")
@@ -89,6 +91,7 @@ class Dialect:
     the task, which may be wrapped in ``data``.
 
     ``replays`` tells that a submission may be repeated with its Idempotency-Key.
+    ``credits_path`` is where it says what is left of the account's.
     ``hosts`` are domains whose hosts may be asked for pictures. ``kinds`` are error
     codes of its own.
     """
@@ -100,6 +103,7 @@ class Dialect:
     usage: tuple[str, ...]
     references: References
     replays: bool = False
+    credits_path: str = ""
     credits: tuple[str, ...] = ()
     usd: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
@@ -158,6 +162,7 @@ DIALECTS: Mapping[str, Dialect] = {
         usage=("usage",),
         references="upload",
         replays=True,
+        credits_path="/credits",
         credits=("billing.charged_credits", "usage.credits_used"),
         usd=("usage.cost.usd",),
         hosts=("evolink.ai",),
@@ -374,6 +379,22 @@ class TaskApi:
         """Fail: nobody documents how a task is stopped."""
         raise unable("tasks cannot be stopped here")
 
+    async def probe(self, model: str, deadline_s: float) -> None:  # noqa: ARG002 - the contract's; a key is for all models
+        """Ask how many credits are left, else look at a task that cannot be."""
+        end_s, wire = deadline_in(deadline_s), self.tools.wire
+        if not self.dialect.credits_path:
+            path = self.dialect.task_path.replace("{id}", NO_TASK_ID)
+            call = self._call("GET", self._url(path), end_s)
+            await ask_in_vain(wire, call, self._judged)
+            return
+        call = self._call("GET", self._url(self.dialect.credits_path), end_s)
+        told = as_object((await ask(wire, call, self._judged)).get("data"))
+        user, token = as_object(told.get("user")), as_object(told.get("token"))
+        unlimited = token.get("unlimited_credits") is True
+        spent = not unlimited and is_used_up(token.get("remaining_credits"))
+        if spent or is_used_up(user.get("remaining_credits")):
+            raise ProviderError(FailureKind.INSUFFICIENT_FUNDS, "no credits are left")
+
     async def close(self) -> None:
         """Nothing to give back: the connections belong to the wire."""
 
@@ -519,12 +540,17 @@ class TaskApi:
 
     def _refused(self, body: object, reply: Reply) -> ProviderError:
         """Classify an error, or a success that holds no task."""
+        return self._judged(reply.status, reply.headers, body, self.account.secret)
+
+    def _judged(
+        self, status: int, headers: Mapping[str, str], body: object, secret: str
+    ) -> ProviderError:
         found = dict(as_object(body))
         if "message" not in found and "msg" in found:
             # The file API's way.
             found["message"] = found["msg"]
-        refused = Refusal.of(reply.status, reply.headers, found)
-        error = judge(refused, self.account.secret, kinds=self.dialect.kinds)
+        refused = Refusal.of(status, headers, found)
+        error = judge(refused, secret, kinds=self.dialect.kinds)
         if error.kind in _TOLD:
             error.client_message = error.client_message or "The request was refused."
         return error

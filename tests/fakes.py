@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import (
     AsyncGenerator,
@@ -132,6 +133,8 @@ class ScriptedProvider:
         self.stops: Cancelled | None = None
         self.stop_fails: ProviderError | None = None
         self.stopped: list[str] = []
+        self.probe_ends: ProviderError | Literal["ok"] | None = "ok"
+        self.probed: list[str] = []
 
     def capabilities(self, model: str) -> Capabilities:
         return Capabilities(
@@ -154,6 +157,13 @@ class ScriptedProvider:
         if self.stop_fails is not None:
             raise self.stop_fails
         return self.stops
+
+    async def probe(self, model: str, deadline_s: float) -> None:
+        self.probed.append(model)
+        if self.probe_ends is None:
+            await asyncio.sleep(2 * deadline_s)
+        elif isinstance(self.probe_ends, ProviderError):
+            raise self.probe_ends
 
     async def stream(self, job: ImageJob) -> AsyncGenerator[Partial | Done, None]:
         self.jobs.append(job)

@@ -374,6 +374,15 @@ class Provider(Protocol):
         """
         ...
 
+    async def probe(self, model: str, deadline_s: float) -> None:
+        """Ask something that is free and needs the credential.
+
+        Raises:
+            ProviderError: AUTH, INSUFFICIENT_FUNDS, NETWORK, TIMEOUT...; UNSUPPORTED
+                when the server has nothing free to ask, so nothing is known.
+        """
+        ...
+
     async def close(self) -> None:
         """Give connections back."""
         ...

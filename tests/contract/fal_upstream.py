@@ -94,6 +94,7 @@ FAL = Case(
     ),
     secret=KEY,
     look_step="status",
+    probe_step="status",
     wrong_options=[
         ({"nope": 1}, "nope"),
         ({"edits": "no"}, "edits"),

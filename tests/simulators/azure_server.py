@@ -30,6 +30,7 @@ from tests.simulators.openai_server import (
     check_values,
     error,
     fields_of,
+    listing,
 )
 from tests.simulators.server import (
     Part,
@@ -54,6 +55,7 @@ PATH = re.compile(
     r"/openai/(?:v1|deployments/(?P<deployment>[^/]+))"
     r"/images/(?P<what>generations|edits)"
 )
+LIST = re.compile(r"/openai/(?:v1/)?models")
 DATED = re.compile(r"\d{4}-\d{2}-\d{2}(?:-preview)?")
 
 
@@ -90,6 +92,13 @@ class AzureSimulator(OpenAISimulator):
         return PATH.fullmatch(path) is not None
 
     async def answer(self, seen: Seen, writer: asyncio.StreamWriter) -> bool:
+        if seen.method == "GET" and LIST.fullmatch(seen.route):
+            self.requests.append(seen)
+            dated = None if "/v1/" in seen.route else "any"
+            wrong = self.check_credential(seen) or check_version(
+                Call(seen, "models", dated)
+            )
+            return await self.tell(wrong, listing(DEPLOYMENTS.values()), writer)
         if seen.method == "GET":
             return await super().answer(seen, writer)
         self.requests.append(seen)

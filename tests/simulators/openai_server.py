@@ -15,7 +15,7 @@ import base64
 import json
 import re
 import zlib
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +111,12 @@ def typed(name: str, text: str) -> Any:
 
 @dataclass
 class OpenAISimulator(Simulator):
-    """A running simulator, as tests see it."""
+    """A running simulator, as tests see it.
+
+    ``lists_to_anybody`` is a relay that tells its models without a key.
+    """
+
+    lists_to_anybody: bool = False
 
     prefix = "/v1"
 
@@ -122,6 +127,9 @@ class OpenAISimulator(Simulator):
         if seen.method == "GET" and seen.path == "/pictures/1.png":
             return await send(writer, Reply(200, png(64, 32), "image/png"))
         self.requests.append(seen)
+        if seen.method == "GET" and seen.path == "/v1/models":
+            refused = None if self.lists_to_anybody else check_key(seen, self.key)
+            return await self.tell(refused, listing(MODELS), writer)
         if seen.path not in OPERATIONS or seen.method != "POST":
             return await send(writer, error(404, "Unknown URL.", code=None))
         fault = self.fault()
@@ -208,14 +216,23 @@ def asked_for(body: dict[str, Any]) -> Asked:
     )
 
 
+def check_key(seen: Seen, key: str) -> Reply | None:
+    if seen.headers.get("authorization") == f"Bearer {key}":
+        return None
+    told = seen.headers.get("authorization", "nothing").removeprefix("Bearer ")
+    return error(401, f"Incorrect API key provided: {told}.", code="invalid_api_key")
+
+
+def listing(models: Iterable[str]) -> dict[str, Any]:
+    """List models as ``GET /models`` does."""
+    data = [{"id": name, "object": "model", "owned_by": "system"} for name in models]
+    return {"object": "list", "data": data}
+
+
 def check(seen: Seen, key: str) -> Reply | None:
-    if seen.headers.get("authorization") != f"Bearer {key}":
-        told = seen.headers.get("authorization", "nothing").removeprefix("Bearer ")
-        return error(
-            401,
-            f"Incorrect API key provided: {told}.",
-            code="invalid_api_key",
-        )
+    unknown = check_key(seen, key)
+    if unknown is not None:
+        return unknown
     try:
         body = fields_of(seen)
     except ValueError:

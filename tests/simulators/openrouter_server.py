@@ -102,7 +102,12 @@ class Purchase:
 
 @dataclass
 class OpenRouterSimulator(Simulator):
-    """A running simulator, as tests see it."""
+    """A running simulator, as tests see it.
+
+    ``limit_left_usd`` is what the key may still spend; None: it has no limit.
+    """
+
+    limit_left_usd: float | None = 74.5
 
     prefix = "/api/v1"
 
@@ -111,6 +116,10 @@ class OpenRouterSimulator(Simulator):
 
     async def answer(self, seen: Seen, writer: asyncio.StreamWriter) -> bool:
         self.requests.append(seen)
+        if (seen.method, seen.path) == ("GET", f"{self.prefix}/key"):
+            limit = {"limit": 100, "limit_remaining": self.limit_left_usd}
+            told = {"label": "sk-or-v1-sim...789", **limit, "is_free_tier": False}
+            return await self.tell(check_key(seen, self.key), {"data": told}, writer)
         if (seen.method, seen.path) != ("POST", PATH):
             return await send(writer, error(404, "Not Found"))
         fault = self.fault()

@@ -191,6 +191,8 @@ class ReplicateSimulator(Simulator):
             return await send(writer, refused)
         if step == "":
             return await self.create(seen, writer)
+        if step == "probe":
+            return await self.tell(None, {"type": "user", "username": "sim"}, writer)
         fault = self.fault(step)
         await asyncio.sleep(fault.delay_s)
         if fault.status is not None:
@@ -424,6 +426,7 @@ def step_of(method: str, path: str) -> str | None:
         ("POST", re.compile("/v1/files")): "file",
         ("GET", FILE): "file",
         ("GET", OUTPUT): "output",
+        ("GET", re.compile("/v1/account")): "probe",
     }
     return next(
         (

@@ -210,6 +210,16 @@ class Simulator:
         """Answer one request; False when the connection is to be closed."""
         raise NotImplementedError
 
+    async def tell(
+        self, refused: Reply | None, body: Any, writer: asyncio.StreamWriter
+    ) -> bool:
+        """Answer a free question, whose step is ``probe``, unless it is refused."""
+        if refused is not None:
+            return await send(writer, refused)
+        fault = self.fault("probe")
+        free = scripted(fault) if fault.status else Reply.of_json(200, body)
+        return await deliver(writer, free, fault)
+
     async def read(self, reader: asyncio.StreamReader) -> Seen | None:
         head = await read_head(reader)
         if head is None:

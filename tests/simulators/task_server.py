@@ -143,6 +143,7 @@ class TaskSimulator(Simulator):
     by_key: dict[str, Task] = field(default_factory=dict)
     files: dict[str, Part] = field(default_factory=dict)
     """What was uploaded, by its URL."""
+    credits_left: float = 1000.0
 
     prefix = "/v1"
     submit_path = "/v1/images/generations"
@@ -168,9 +169,21 @@ class TaskSimulator(Simulator):
             return await self.submit(seen, writer)
         if seen.method == "POST" and seen.route == UPLOAD_PATH and self.honours_keys:
             return await self.upload(seen, writer)
+        return await self.ask(seen, writer)
+
+    async def ask(self, seen: Seen, writer: asyncio.StreamWriter) -> bool:
         if seen.method == "GET" and seen.route.startswith(self.tasks_path):
             return await self.look(seen, writer)
+        if seen.method == "GET" and seen.route == "/v1/credits" and self.honours_keys:
+            return await self.tell(None, self.account(), writer)
         return await send(writer, error(404, "not_found", "Unknown URL."))
+
+    def account(self) -> dict[str, Any]:
+        """Tell what is left, of the account and of the key."""
+        used = {"used_credits": 1.5}
+        user = {"remaining_credits": self.credits_left, **used}
+        token = {"remaining_credits": 0, **used, "unlimited_credits": True}
+        return {"success": True, "message": "", "data": {"token": token, "user": user}}
 
     async def submit(self, seen: Seen, writer: asyncio.StreamWriter) -> bool:
         fault = self.fault()
