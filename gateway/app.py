@@ -73,6 +73,7 @@ from gateway.flows.files import FetchFile, Files
 from gateway.flows.generate import SYNC_DEADLINE_MS, Generate, wish_of
 from gateway.flows.inputs import KeptInputs, LoadInputs
 from gateway.flows.keys import Authenticate
+from gateway.flows.probe import Probe, probe_all
 from gateway.flows.recovery import Recovery
 from gateway.flows.replay import Replay
 from gateway.flows.results import RESULT_KEPT_MS, Results
@@ -620,6 +621,26 @@ def checked_catalogue(settings: Settings) -> Catalogue:
 def warnings_of(settings: Settings) -> tuple[str, ...]:
     """Tell all that an operator should look at, as of today."""
     return settings.warnings + settings.aging(_today(SystemClock()))
+
+
+async def probed(settings: Settings) -> list[Probe]:
+    """Test the credential of each upstream in use with a free call.
+
+    Raises:
+        StartError: an upstream's options are wrong.
+    """
+    providers, wire, _ = connect_providers(
+        settings, DataDir(settings.storage.data_dir).spool
+    )
+    models: dict[str, str] = {}
+    for offer in settings.offers:
+        models.setdefault(offer.upstream, offer.model)
+    try:
+        return await probe_all(providers, models)
+    finally:
+        for provider in providers.values():
+            await provider.close()
+        await wire.close()
 
 
 def estimated(settings: Settings, body: object) -> dict[str, object]:

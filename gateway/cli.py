@@ -125,8 +125,15 @@ def _greet(
 @main.command()
 @_shared
 @click.option("--schema", is_flag=True, help="Print a JSON schema for editors.")
-def check(config: Path | None, data_dir: Path | None, *, schema: bool) -> None:
-    """Check the configuration: everything that is wrong, at once."""
+@click.option("--probe", is_flag=True, help="Test each credential with a free call.")
+def check(
+    config: Path | None, data_dir: Path | None, *, schema: bool, probe: bool
+) -> None:
+    """Check the configuration: everything that is wrong, at once.
+
+    Exits 78 when the files are wrong; 1 when they ask for what cannot be done here, or
+    a probe failed; else 0.
+    """
     if schema:
         from gateway.settings import json_schema
 
@@ -143,6 +150,19 @@ def check(config: Path | None, data_dir: Path | None, *, schema: bool) -> None:
     for warning in warnings:
         click.echo(f"warning: {warning}")
     click.echo(f"ok: {len(settings.upstreams)} upstreams, {offers} offers")
+    if probe and not _probe(settings):
+        sys.exit(EXIT_FAILED)
+
+
+def _probe(settings: Settings) -> bool:
+    """Test the credentials; tells whether none is bad."""
+    from gateway import app
+
+    with _one_line_errors():
+        probes = asyncio.run(app.probed(settings))
+    for each in probes:
+        click.echo(f"probe {each.text}")
+    return not any(each.has_failed for each in probes)
 
 
 # --- tenants, keys, credits ---
