@@ -19,7 +19,7 @@ from gateway.adapters.sql.tasks import SqlTaskStore
 from gateway.app import build_gateway, reach_outside, read_settings
 from gateway.books import Books, open_books
 from gateway.core.ledger import Settled
-from gateway.ports import Lease, NewAttempt, TaskEnd
+from gateway.ports import AttemptEnd, Lease, NewAttempt, TaskEnd
 
 RENEWALS_PER_LEASE = 10
 
@@ -46,10 +46,17 @@ class UnfencedStore(SqlTaskStore):
         begun = replace(attempt, fence=fence, seq=attempt.seq + 10 * fence)
         await SqlTaskStore.begin_attempt(self, begun, route_json)
 
+    async def end_attempt(self, end: AttemptEnd) -> None:
+        assert self.books is not None
+        fence = await _fence(self.books, end.task_id)
+        await SqlTaskStore.end_attempt(self, replace(end, fence=fence))
+
     async def finish(self, end: TaskEnd) -> Settled:
         assert self.books is not None
         fence = await _fence(self.books, end.task_id)
-        return await SqlTaskStore.finish(self, replace(end, fence=fence))
+        ends = tuple(replace(attempt, fence=fence) for attempt in end.attempts)
+        written = replace(end, fence=fence, attempts=ends)
+        return await SqlTaskStore.finish(self, written)
 
 
 @dataclass(frozen=True, slots=True)
