@@ -158,6 +158,7 @@ class MemoryBoard:
             in_flight=credential.in_flight,
             usual_ms=record.usual_ms,
             cost_ratios=believed(record.ratios, now_ms),
+            doubtful=record.bad_streak > 0 or state is BreakerState.HALF_OPEN,
         )
 
     def _kept_honest(self, route: _Route, now_ms: int) -> Record:

@@ -138,7 +138,8 @@ class Health:
 
     ``slots_free`` is how many more calls it may take. ``retry_at_ms`` is when it may
     be called again, for an offer that may not be called now. ``cost_ratios`` gives, in
-    millionths by tier, real cost over estimate where it is known.
+    millionths by tier, real cost over estimate where it is known. ``doubtful`` is one
+    whose last call failed, or that is only being tried again.
     """
 
     state: BreakerState = BreakerState.CLOSED
@@ -148,6 +149,7 @@ class Health:
     in_flight: int = 0
     usual_ms: float | None = None
     cost_ratios: Mapping[str, int] = field(default_factory=dict)
+    doubtful: bool = False
 
     @property
     def callable(self) -> bool:

@@ -151,8 +151,10 @@ def decide(
     """Order the offers that can be tried, the cheapest first, and explain the rest.
 
     Of two that cost the same, the one with fewer calls in flight goes first; then the
-    id decides, so that the order never depends on chance. ``health`` has no entry for
-    an offer that nobody has called yet.
+    id decides, so that the order never depends on chance. A request that has failed
+    somewhere goes to the doubtful last: it has few attempts, and must not spend them
+    all on finding out what is down. ``health`` has no entry for an offer that nobody
+    has called yet.
     """
     ranked: list[Candidate] = []
     left_out: list[Candidate] = []
@@ -161,9 +163,11 @@ def decide(
         candidate = _judged(wish, offer, cost_nanousd, seen, moment, tried)
         (left_out if candidate.reason else ranked).append(candidate)
 
-    def order(candidate: Candidate) -> tuple[int, int, str]:
-        busy = health.get(candidate.offer.id, Health()).in_flight
-        return candidate.cost_nanousd or 0, busy, candidate.offer.id
+    def order(candidate: Candidate) -> tuple[bool, int, int, str]:
+        seen = health.get(candidate.offer.id, Health())
+        late = bool(tried) and seen.doubtful
+        cost_nanousd = candidate.cost_nanousd or 0
+        return late, cost_nanousd, seen.in_flight, candidate.offer.id
 
     return Decision(
         tuple(sorted(ranked, key=order)),

@@ -110,6 +110,18 @@ async def test_at_most_three_upstreams_are_tried() -> None:
     assert [f.offer.upstream for f in purchase.failures] == ["a", "b", "c"]
 
 
+async def test_what_is_down_is_not_found_out_by_one_request_again() -> None:
+    down = {name: failing(FailureKind.BAD_GATEWAY) for name in ("a", "b", "c")}
+    shop = Shop({**down, "d": working()})
+
+    unlucky = await shop.buy()
+    next_one = await shop.buy()
+
+    assert [f.offer.upstream for f in unlucky.failures] == ["a", "b", "c"]
+    assert [f.offer.upstream for f in next_one.failures] == ["a"]
+    assert [lot.offer.upstream for lot in next_one.lots] == ["d"]
+
+
 async def test_a_lost_answer_is_bought_again_once() -> None:
     lost = FailureKind.TIMEOUT
     shop = Shop({"a": failing(lost), "b": failing(lost), "c": working()})

@@ -84,6 +84,22 @@ def test_what_was_learned_of_real_costs_changes_the_order() -> None:
     ]
 
 
+def test_what_failed_lately_is_the_last_hope_of_a_request_that_has_failed() -> None:
+    priced = [(offer("a"), 1), (offer("b"), 2), (offer("c"), 3), (offer("d"), 4)]
+    health = {
+        "b/gpt-image-2": Health(doubtful=True),
+        "c/gpt-image-2": Health(state=BreakerState.HALF_OPEN, doubtful=True),
+    }
+
+    def order(*tried: str) -> list[str]:
+        ids = frozenset(f"{name}/gpt-image-2" for name in tried)
+        decision = decide(WISH, priced, health, NOW, tried=ids)
+        return [c.offer.upstream for c in decision.ranked]
+
+    assert order() == ["a", "b", "c", "d"]
+    assert order("a") == ["d", "b", "c"]
+
+
 def test_everyone_left_out_is_told_why() -> None:
     health = {
         "open/gpt-image-2": Health(
