@@ -46,8 +46,8 @@ bench: setup-dev ## Measure speed and memory; prints figures
 	$(BIN)/python -m bench.tasks
 	$(BIN)/python -m bench.speed
 
-simulators: setup-dev ## Run a simulated OpenAI on loopback, to rehearse with
-	$(BIN)/python -m tests.simulators.openai_server
+simulators: setup-dev ## Run six simulated providers on loopback, to rehearse an outage with
+	@exec $(BIN)/python -m tests.simulators $(ARGS)
 
 lock: ## Pin all dependencies anew (needs uv)
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header pyproject.toml -o requirements/run.txt

@@ -8,7 +8,9 @@ the simulator is ``busy``; each look at it then takes it one step on.
 Steps that a ``Fault`` may name in ``on``: none (submit), ``run`` (how the job ends),
 ``status``, ``result``, ``file`` (a picture's download) and ``cancel``.
 
-By hand: ``python -m tests.simulators.fal_server --port 9002``.
+By hand: ``python -m tests.simulators.fal_server --port 9002``; ``POST /_set`` takes
+JSON with ``busy`` or ``shy``, ``GET /_jobs`` tells of each job its state, and how often
+it was asked for.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import itertools
 import json
 import re
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -122,6 +124,7 @@ class Purchase:
     request_id: str
     references: tuple[str, ...] = ()
     mask: str | None = None
+    prompt: str = field(default="", compare=False)
 
 
 @dataclass
@@ -138,6 +141,7 @@ class Job:
     told: deque[str] = field(default_factory=deque)
     error: Mapping[str, Any] = field(default_factory=dict)
     done_at_s: float = 0.0
+    calls: Counter[str] = field(default_factory=Counter)
 
     @property
     def app(self) -> str:
@@ -151,8 +155,13 @@ class FalSimulator(Simulator):
 
     busy: bool = False
     """Whether all runners are taken: jobs wait in the queue, unbilled."""
+    shy: bool = False
+    """Whether a look is told of a job that has ended that it is still at work."""
     jobs: dict[str, Job] = field(default_factory=dict)
     numbers: Iterable[int] = field(default_factory=lambda: itertools.count(1))
+
+    def bill_usd(self, purchase: Purchase) -> Decimal:
+        return Decimal(purchase.units)
 
     def sells_at(self, path: str) -> bool:
         return path.removeprefix("/") in ENDPOINTS
@@ -184,6 +193,7 @@ class FalSimulator(Simulator):
         number = next(iter(self.numbers))
         job = Job(f"{number:08d}-5ca1-4b1e-9d0c-000000000000", name, seen.body)
         self.jobs[job.request_id] = job
+        job.calls["submit"] += 1
         if not self.busy:
             self.run(job)
         accepted = {**self.links(job), "status": "IN_QUEUE", "queue_position": 0}
@@ -201,17 +211,34 @@ class FalSimulator(Simulator):
         job = self.jobs.get(found[2])
         if job is None or job.app != found[1]:
             reply = Reply.of_json(404, {"status": "NOT_FOUND"})
-        elif step == "status":
-            reply = self.status(job)
-        elif step == "cancel":
-            reply = self.stop(job)
         else:
-            reply = self.kept(job)
+            job.calls[step or "result"] += 1
+            steps = {"status": self.status, "cancel": self.stop, "": self.kept}
+            reply = steps[step](job)
         if fault.answer == "html":
             reply = Reply(200, b"<html>nginx</html>", "text/html")
         if fault.answer == "big":
             reply = Reply.of_json(200, {"status": "x" * BIG_BODY_BYTES})
         return await deliver(writer, reply, fault)
+
+    def steer(self, seen: Seen) -> Reply:
+        if seen.path == "/_set" and seen.method == "POST":
+            told = seen.json()
+            self.busy = told.get("busy", self.busy)
+            self.shy = told.get("shy", self.shy)
+            return Reply.of_json(200, {})
+        if seen.path == "/_jobs":
+            told = [
+                {
+                    "id": j.request_id,
+                    "state": j.state,
+                    "error": j.error,
+                    "calls": j.calls,
+                }
+                for j in self.jobs.values()
+            ]
+            return Reply.of_json(200, told)
+        return super().steer(seen)
 
     # --- a job's life ---
 
@@ -250,6 +277,7 @@ class FalSimulator(Simulator):
                 job.request_id,
                 tuple(sha256(file).hexdigest() for file in asked.references),
                 sha256(asked.mask).hexdigest() if asked.mask else None,
+                prompt=asked.prompt,
             )
         )
         job.files = files_of(asked, job.fault)
@@ -286,6 +314,8 @@ class FalSimulator(Simulator):
         if job.state == "GONE":
             return Reply.of_json(404, {"status": "NOT_FOUND"})
         state = job.told.popleft() if job.told else job.state
+        if self.shy and state == "COMPLETED":
+            state = "IN_PROGRESS"
         told: dict[str, Any] = {"status": state, **self.links(job)}
         if state == "IN_QUEUE":
             told |= {"queue_position": 0}

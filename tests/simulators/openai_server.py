@@ -17,7 +17,8 @@ import re
 import zlib
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from tests.simulators.pictures import big_picture, output_tokens, patches, picture, png
@@ -89,6 +90,7 @@ class Purchase:
     references: tuple[str, ...] = ()
     mask: str | None = None
     stream: bool = False
+    prompt: str = field(default="", compare=False)
 
 
 def fields_of(seen: Seen) -> dict[str, Any]:
@@ -119,6 +121,12 @@ class OpenAISimulator(Simulator):
     lists_to_anybody: bool = False
 
     prefix = "/v1"
+
+    def bill_usd(self, purchase: Purchase) -> Decimal:
+        told = purchase.usage["input_tokens_details"]
+        micros = told["text_tokens"] * 5 + told["image_tokens"] * 8
+        micros += purchase.usage["output_tokens"] * 30
+        return Decimal(micros * self.percent) / 10**8
 
     def sells_at(self, path: str) -> bool:
         return path in OPERATIONS
@@ -158,6 +166,7 @@ class OpenAISimulator(Simulator):
                 references=tuple(part.sha256 for part in seen.images),
                 mask=seen.mask.sha256 if seen.mask else None,
                 stream=asked.partials is not None,
+                prompt=body["prompt"],
             )
         )
         answer = answer_of(asked, usage)

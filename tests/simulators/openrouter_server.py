@@ -98,6 +98,7 @@ class Purchase:
     cost_usd: str
     references: tuple[str, ...] = ()
     stream: bool = False
+    prompt: str = dataclasses.field(default="", compare=False)
 
 
 @dataclass
@@ -110,6 +111,9 @@ class OpenRouterSimulator(Simulator):
     limit_left_usd: float | None = 74.5
 
     prefix = "/api/v1"
+
+    def bill_usd(self, purchase: Purchase) -> Decimal:
+        return Decimal(purchase.cost_usd)
 
     def sells_at(self, path: str) -> bool:
         return path == PATH
@@ -138,6 +142,7 @@ class OpenRouterSimulator(Simulator):
         files = [data_of(one) for one in body.get("input_references", [])]
         asked = asked_for(body)
         usage = usage_of(model, asked, body["prompt"], files)
+        usage |= {"cost": usage["cost"] * self.percent / 100}
         streams = body.get("stream", False) and model.streams
         if fault.answer not in FREE:
             self.purchases.append(
@@ -149,6 +154,7 @@ class OpenRouterSimulator(Simulator):
                     str(usage["cost"]),
                     references=tuple(hashlib.sha256(f).hexdigest() for f in files),
                     stream=streams,
+                    prompt=body["prompt"],
                 )
             )
         answer = answer_of(asked, usage)

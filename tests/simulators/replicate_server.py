@@ -23,6 +23,7 @@ import re
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from tests.simulators.pictures import big_picture, picture, png
@@ -73,6 +74,8 @@ CHOICES = {
 }
 FREE = {"prompt", "user_id", "openai_api_key", "input_images"}
 NUMBERS = {"number_of_images": (1, 10), "output_compression": (0, 100)}
+PRICES_USD = {"low": "0.02", "medium": "0.07", "high": "0.25", "auto": "0.25"}
+"""Of each picture, by quality; made up, nobody publishes them."""
 DATA_URI_MAX_BYTES = 256 * 1024
 IMAGES_MAX = 16
 RUNNING = {"starting", "processing"}
@@ -104,6 +107,7 @@ class Purchase:
     operation: str
     references: tuple[str, ...] = ()
     billed: bool = True
+    prompt: str = field(default="", compare=False)
 
 
 @dataclass
@@ -157,6 +161,10 @@ class ReplicateSimulator(Simulator):
 
     prefix = "/v1"
 
+    def bill_usd(self, purchase: Purchase) -> Decimal:
+        each = Decimal(PRICES_USD[purchase.quality]) * purchase.n
+        return each if purchase.billed else Decimal(0)
+
     @property
     def billed(self) -> int:
         """How many pictures the account is charged for."""
@@ -170,7 +178,10 @@ class ReplicateSimulator(Simulator):
         self.uploads.clear()
 
     def sells_at(self, path: str) -> bool:
-        return bool(self.faults) and step_of("POST", path) == self.faults[0].on
+        return CREATE.fullmatch(path) is not None
+
+    def uploads_at(self, path: str) -> str | None:
+        return step_of("POST", path)
 
     def steer(self, seen: Seen) -> Reply:
         if seen.path == "/_hour" and seen.method == "POST":
@@ -247,6 +258,7 @@ class ReplicateSimulator(Simulator):
             given.get("number_of_images", 1),
             "edit" if sources else "generate",
             references=tuple(part.sha256 for part in sources if part is not None),
+            prompt=given["prompt"],
         )
         states = list(COURSES.get(fault.answer, USUAL))
         error = str(fault.body) if fault.answer == "failed" else None

@@ -2,7 +2,9 @@
 
 A simulator keeps a log of what was bought, which is an independent witness, and lets
 the next calls go wrong as a script says. Over HTTP: ``POST /_script`` takes a JSON list
-of ``Fault`` fields, ``GET /_purchases`` tells what was bought, oldest first.
+of ``Fault`` fields, one for each of the next calls; ``POST /_mode`` takes the fields of
+one that befalls every call of its step from then on, or ``null``: all is well again.
+``GET /_purchases`` tells what was bought, oldest first, ``GET /_bill`` the sum of it.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from collections import deque
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -153,9 +157,13 @@ class Simulator:
     key: str
     base_url: str = ""
     latency_s: float = 0.0
+    percent: int = 100
+    """What this account pays, of the list price."""
     purchases: list[Any] = field(default_factory=list)
     requests: list[Seen] = field(default_factory=list)
     faults: deque[Fault] = field(default_factory=deque)
+    lasting: dict[str, Fault] = field(default_factory=dict)
+    """Faults that stay, by the step that they befall."""
     connections: set[asyncio.Task[None]] = field(default_factory=set)
 
     prefix = ""
@@ -165,16 +173,41 @@ class Simulator:
         """Let the next calls go wrong, in this order."""
         self.faults.extend(faults)
 
+    def suffer(self, *faults: Fault) -> None:
+        """Let all calls of these faults' steps go wrong; none: all is well again."""
+        if not faults:
+            self.lasting.clear()
+        self.lasting.update({fault.on: fault for fault in faults})
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """What was bought, oldest first, each with what it is charged, in USD."""
+        return [
+            {**dataclasses.asdict(bought), "bill_usd": str(self.bill_usd(bought))}
+            for bought in self.purchases
+        ]
+
+    @property
+    def owed_usd(self) -> Decimal:
+        """What the account is charged in all."""
+        return sum(map(self.bill_usd, self.purchases), Decimal(0))
+
     @property
     def origin(self) -> str:
         """Scheme, host and port."""
         return self.base_url.removesuffix(self.prefix)
 
     def fault(self, on: str = "") -> Fault:
-        """Take the next fault if it is one of this step."""
+        """Take the next fault if it is one of this step, else the one that stays."""
         if self.faults and self.faults[0].on == on:
             return self.faults.popleft()
-        return Fault()
+        return self.lasting.get(on, Fault())
+
+    def waits(self, on: str, close: str) -> bool:
+        """Tell whether the next call of a step is to be broken off in this way."""
+        if self.faults and self.faults[0].on == on:
+            return self.faults[0].close == close
+        return on in self.lasting and self.lasting[on].close == close
 
     async def serve(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -185,7 +218,9 @@ class Simulator:
         try:
             while (seen := await self.read(reader)) is not None:
                 if seen.path.startswith("/_"):
-                    if not await send(writer, self.steer(seen)):
+                    reply = self.steer(seen)
+                    line = dataclasses.replace(reply, body=reply.body + b"\n")
+                    if not await send(writer, line):
                         break
                 elif not await self.answer(seen, writer):
                     break
@@ -202,9 +237,17 @@ class Simulator:
             with contextlib.suppress(ConnectionError, asyncio.CancelledError):
                 await writer.wait_closed()
 
+    def bill_usd(self, purchase: Any) -> Decimal:
+        """Say what the account is charged for a purchase, exactly; 0: nothing."""
+        raise NotImplementedError
+
     def sells_at(self, path: str) -> bool:
         """Whether calls of a path buy something."""
         raise NotImplementedError
+
+    def uploads_at(self, path: str) -> str | None:
+        """Name the step whose request may be cut off there; None: none is."""
+        return "" if self.sells_at(path) else None
 
     async def answer(self, seen: Seen, writer: asyncio.StreamWriter) -> bool:
         """Answer one request; False when the connection is to be closed."""
@@ -224,22 +267,38 @@ class Simulator:
         head = await read_head(reader)
         if head is None:
             return None
-        waiting = self.faults[0].close if self.faults else ""
-        if self.sells_at(head.route) and waiting == "mid_upload":
-            self.faults.popleft()
+        step = self.uploads_at(head.route)
+        if step is not None and self.waits(step, "mid_upload"):
+            self.fault(step)
             await reader.read(1)
             raise UploadStoppedError
         return await read_body(reader, head)
 
     def steer(self, seen: Seen) -> Reply:
         """Answer whoever rehearses by hand, or from another process."""
-        if seen.path == "/_script" and seen.method == "POST":
-            self.script(*(Fault(**fields) for fields in seen.json()))
-            return Reply.of_json(200, {"waiting": len(self.faults)})
+        if seen.method == "POST" and seen.path in {"/_script", "/_mode"}:
+            return self.steered(seen)
         if seen.path == "/_purchases":
-            bought = [dataclasses.asdict(purchase) for purchase in self.purchases]
-            return Reply.of_json(200, bought)
+            return Reply.of_json(200, self.log)
+        if seen.path == "/_bill":
+            return Reply.of_json(
+                200, {"jobs": len(self.log), "usd": str(self.owed_usd)}
+            )
         return Reply.of_json(404, {"error": "unknown"})
+
+    def steered(self, seen: Seen) -> Reply:
+        try:
+            told = seen.json()
+            several = told if isinstance(told, list) else [told] if told else []
+            faults = [Fault(**fields) for fields in several]
+        except (ValueError, TypeError) as wrong:
+            return Reply.of_json(400, {"error": f"no fault: {wrong}"})
+        if seen.path == "/_script":
+            self.script(*faults)
+        else:
+            self.suffer(*faults)
+        told = {"waiting": len(self.faults), "lasting": sorted(self.lasting)}
+        return Reply.of_json(200, told)
 
 
 AnySimulator = TypeVar("AnySimulator", bound=Simulator)
@@ -271,17 +330,27 @@ def run_by_hand(kind: type[Simulator], key: str) -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--key", default=key)
     parser.add_argument("--latency-s", type=float, default=0.0)
+    parser.add_argument("--percent", type=int, default=100, help="of the list price")
+    parser.add_argument("--log", type=Path, help="where the purchases go at the end")
     given = parser.parse_args()
-    asyncio.run(_run(kind(given.key, latency_s=given.latency_s), given.port))
+    made = kind(given.key, latency_s=given.latency_s, percent=given.percent)
+    asyncio.run(_run(made, given.port, given.log))
 
 
-async def _run(simulator: Simulator, port: int) -> None:
+async def _run(simulator: Simulator, port: int, log: Path | None) -> None:
     async with served(simulator, port):
         print(simulator.base_url, flush=True)  # noqa: T201 - what the caller waits for
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await stop.wait()
+        await told_to_stop()
+    if log is not None:
+        log.write_text(json.dumps(simulator.log))
+
+
+async def told_to_stop() -> None:
+    """Wait for SIGINT or SIGTERM."""
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await stop.wait()
 
 
 def opened(part: Part) -> Image.Image | None:

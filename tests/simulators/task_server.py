@@ -29,6 +29,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -82,6 +83,7 @@ PROMPT_MAX_CHARS = 32_000
 IMAGES_MAX = 16
 IDEMPOTENCY_KEY = re.compile(r"[A-Za-z0-9._-]{16,96}")
 UC_PER_CREDIT = 10_000
+CREDITS_PER_USD = 68
 UC_PER_1K_OUTPUT = 18_360
 UC_PER_1K_IMAGE = 4_896
 UC_PER_1K_TEXT = 3_060
@@ -108,6 +110,7 @@ class Purchase:
     operation: str = "generate"
     references: tuple[str, ...] = ()
     mask: str | None = None
+    prompt: str = field(default="", compare=False)
 
 
 @dataclass
@@ -150,6 +153,11 @@ class TaskSimulator(Simulator):
     tasks_path = "/v1/tasks/"
     id_prefix = "task-unified-"
     honours_keys = True
+
+    def bill_usd(self, purchase: Purchase) -> Decimal:
+        # Credits; what is still reserved is not charged yet.
+        charged = Decimal(purchase.credits) if purchase.charge == "charged" else 0
+        return Decimal(charged) / CREDITS_PER_USD
 
     def sells_at(self, path: str) -> bool:
         # An upload can be cut off as well, though it buys nothing.
@@ -257,6 +265,7 @@ class TaskSimulator(Simulator):
             operation="edit" if images else "generate",
             references=tuple(part.sha256 for part in images),
             mask=mask.sha256 if mask else None,
+            prompt=body["prompt"],
         )
         task = Task(
             name,
