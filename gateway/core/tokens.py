@@ -66,11 +66,13 @@ def bound_usage(request: ImageRequest, references: References | None = None) -> 
 def expected_usage(
     request: ImageRequest, references: References | None = None
 ) -> Usage:
-    """Return what one picture is expected to take. Never over ``bound_usage``."""
+    """Return what one picture is expected to take. Never over ``bound_usage``.
+
+    A mask is not expected to count: no price list counts it. The bound covers it.
+    """
     return Usage(
         text_input=_text_expected(request.prompt),
-        image_input=_reference_bound(request) * _masks(request)
-        + sum(
+        image_input=sum(
             _reference_expected(request, size)
             for size in _references(request, references)
         ),

@@ -205,10 +205,13 @@ def test_references_count_in_full_until_their_size_is_known() -> None:
     assert bound_usage(edit, [SQUARE, None]).image_input == 2 * 1536
 
 
-def test_a_mask_is_held_for_as_well() -> None:
+def test_a_mask_is_held_for_but_not_charged_by_the_estimate() -> None:
     edit = request(references=("https://a.test/1",), mask="https://a.test/m")
 
     assert bound_usage(edit).image_input == 2 * 1536
+    assert expected_usage(edit, [SQUARE]).image_input == 1024
+    settled = estimated_usage(edit, [SQUARE], references=[SQUARE])
+    assert settled.image_input == 1024
     assert least_usage(edit).image_input == 1
 
 
