@@ -50,7 +50,6 @@ CREDITS_PER_1K = {
     "image": Decimal("0.4896"),
     "output": Decimal("1.836"),
 }
-FAL_USD_PER_1M = {"text": 5, "image": 8, "output": 30}
 
 
 @dataclass
@@ -417,7 +416,7 @@ def matched(played: Rehearsal, attempts: Sequence[Attempt]) -> dict[str, Match]:
             if is_charged(name, purchase):
                 found[name].purchases += 1
                 key = (name, task_of[purchase["prompt"]])
-                bought[key].append(cost_nanousd(name, purchase))
+                bought[key].append(cost_nanousd(purchase))
     rows: dict[tuple[str, str], list[Attempt]] = defaultdict(list)
     for attempt in attempts:
         rows[attempt.upstream, attempt.task_id].append(attempt)
@@ -459,15 +458,8 @@ def is_charged(name: str, purchase: dict[str, Any]) -> bool:
     return bool(purchase.get("billed", True))
 
 
-def cost_nanousd(name: str, purchase: dict[str, Any]) -> int:
-    """Say what a purchase costs; at fal by its tokens, before it rounds to cents."""
-    if name == "fal":
-        told = purchase["usage"]["input_tokens_details"]
-        prices = FAL_USD_PER_1M
-        micros = told["text_tokens"] * prices["text"]
-        micros += told["image_tokens"] * prices["image"]
-        micros += purchase["usage"]["output_tokens"] * prices["output"]
-        return int(micros) * 1000
+def cost_nanousd(purchase: dict[str, Any]) -> int:
+    """Say what a purchase costs."""
     nano = Decimal(purchase["bill_usd"]) * 10**9
     return int(nano.to_integral_value(ROUND_CEILING))
 

@@ -1,7 +1,7 @@
 """Who plays whom in a rehearsal: six simulated accounts, and the gateway before them.
 
 The prices rise in the order given here; what an account charges is what its offer says,
-but for fal, which rounds each job up to a cent.
+rounded up to a cent at fal.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ CAST = (
         fal_server.KEY,
         3,
         latency_s=1.5,
-        cost=tokens(100),
+        # A unit is a dollar there, and each job is rounded up to a cent of it.
+        cost=tokens(100).replace(" }", ", unit_usd = 1 }"),
         model="openai/gpt-image-2",
     ),
     Part(
