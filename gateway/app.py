@@ -224,6 +224,7 @@ def build_gateway(
         chance=chance,
         events=events,
         today=lambda: _today(clock),
+        names_upstreams=settings.tenants_may_choose,
     )
     runner = TaskRunner(generate, log.on_crash)
     recovery = Recovery(books.tasks, clock, events)
@@ -260,6 +261,7 @@ def build_gateway(
         callback_rules=outside.callback_rules,
         wake_worker=worker.wake,
         storage_trouble=books.data_dir.trouble,
+        tenants_may_choose=settings.tenants_may_choose,
     )
     files = Files(books.files, uploads, clock, chance)
     file_api = FileApi(
@@ -660,7 +662,7 @@ def route_of(settings: Settings, body: object) -> list[dict[str, object]]:
     ]
     moment = Moment(_today(SystemClock()), SYNC_DEADLINE_MS)
     decision = decide(wish_of(request), priced, {}, moment)
-    return [candidate_facts(candidate) for candidate in decision.all]
+    return [candidate_facts(candidate, decision) for candidate in decision.all]
 
 
 def explained(record: TaskRecord) -> dict[str, object]:

@@ -24,6 +24,8 @@ from gateway.adapters.sql.sqlite import SqliteDatabase
 from gateway.adapters.sql.tasks import SqlTaskStore
 from gateway.core.errors import GatewayError
 from gateway.core.money import NANO
+from gateway.core.preferences import routing_from_text
+from gateway.core.routing import Preferences
 from gateway.flows.credits import ManageTenants
 from gateway.flows.keys import ManageKeys, NewKey
 from gateway.flows.tasks import ManageTasks, ReadTask, TaskView
@@ -42,6 +44,25 @@ class StartError(Exception):
 def read_settings(config: Path | None, overrides: Mapping[str, str]) -> Settings:
     """Read the configuration; whether there are adapters for it is not looked at."""
     return load_settings(config, kinds=None, overrides=overrides)
+
+
+def routing_of_key(settings: Settings, text: str | None) -> Preferences:
+    """Read what a key is to keep of routing; None says nothing.
+
+    Raises:
+        InvalidRequestError: it breaks a rule.
+        StartError: it names an upstream that the config does not.
+    """
+    routing = routing_from_text(text)
+    known = {upstream.name for upstream in settings.upstreams}
+    known |= {left.upstream for left in settings.left_out}
+    for name in (routing.only or ()) + (routing.ignore or ()) + (routing.order or ()):
+        if name.partition("/")[0] not in known:
+            raise StartError(
+                f"routing: there is no upstream {name}; there are "
+                f"{', '.join(sorted(known))}"
+            )
+    return routing
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,6 +226,11 @@ def keys() -> None:
     show_default=True,
     help="Delivery mode of requests that do not say.",
 )
+@click.option(
+    "--routing",
+    "routing_json",
+    help='Where requests go that do not say, e.g. \'{"only": ["openai"]}\'.',
+)
 def keys_create(
     config: Path | None,
     data_dir: Path | None,
@@ -233,12 +238,18 @@ def keys_create(
     as_json: bool,
     tenant: str,
     delivery: str,
+    routing_json: str | None,
 ) -> None:
     """Make a key; it is shown this once."""
+    settings = _settings(config, data_dir, {}, adapters=False)
+    with _one_line_errors():
+        from gateway.books import routing_of_key
+
+        routing = routing_of_key(settings, routing_json)
 
     async def run(books: Books) -> dict[str, str]:
         owner = await books.tenants.named(tenant)
-        made = await books.keys.create(owner, delivery=delivery)
+        made = await books.keys.create(owner, delivery=delivery, routing=routing)
         return {
             "key": made.secret,
             "key_id": made.key.id,
@@ -263,6 +274,8 @@ def keys_list(
     """List a tenant's keys."""
 
     async def run(books: Books) -> list[dict[str, str]]:
+        from gateway.core.preferences import routing_text
+
         owner = await books.tenants.named(tenant)
         return [
             {
@@ -270,6 +283,7 @@ def keys_list(
                 "key": key.display,
                 "delivery": key.delivery,
                 "state": "active" if key.revoked_ms is None else "revoked",
+                "routing": routing_text(key.routing) or "",
             }
             for key in await books.accounts.keys(owner.id)
         ]

@@ -11,6 +11,7 @@ from gateway.core.events import Event
 from gateway.core.ledger import Balance, Settled
 from gateway.core.limits import RiskBook
 from gateway.core.pricing import CostSource
+from gateway.core.routing import NO_PREFERENCES, Preferences
 from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
 from gateway.core.webhooks import Answer, Delivery, SigningKey
 from providers.kit.contract import Billed, MadeImage, Operation, Payload, Usage
@@ -37,6 +38,8 @@ class Key:
     delivery: str
     created_ms: int
     revoked_ms: int | None = None
+    routing: Preferences = NO_PREFERENCES
+    """Where its requests go, unless they say otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -590,6 +593,10 @@ class Accounts(Protocol):
 
     async def key_by_digest(self, digest: bytes) -> Key | None:
         """Find a key by the digest of it, revoked ones too."""
+        ...
+
+    async def key(self, key_id: str) -> Key | None:
+        """Find a key by its id, revoked ones too."""
         ...
 
     async def keys(self, tenant_id: str) -> Sequence[Key]:

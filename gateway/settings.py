@@ -200,6 +200,7 @@ class Settings:
     inputs: InputSettings
     webhooks: WebhookSettings
     nanocredits_per_usd: int
+    tenants_may_choose: bool
     variants: Mapping[str, Variant]
     cards: Mapping[str, Mapping[str, PriceCard]]
     """Price cards by name, by the variant that they are of."""
@@ -424,6 +425,19 @@ GATEWAY_KEYS: tuple[Key, ...] = (
         Kind.TABLE,
         "The unit of the tenants' money.",
         keys=(Key("per_usd", Kind.AMOUNT, "Credits per US dollar.", 68),),
+    ),
+    Key(
+        "routing",
+        Kind.TABLE,
+        "Who says where requests go.",
+        keys=(
+            Key(
+                "tenants_may_choose",
+                Kind.FLAG,
+                "Whether requests may name upstreams, and so learn their names.",
+                default=False,
+            ),
+        ),
     ),
     Key(
         "inputs",
@@ -1191,6 +1205,7 @@ def _settings(
         inputs=inputs,
         webhooks=webhooks,
         nanocredits_per_usd=values["credits"]["per_usd"],
+        tenants_may_choose=values["routing"]["tenants_may_choose"],
         variants=variants or {},
         cards=cards,
         upstreams=upstreams,

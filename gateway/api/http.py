@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
 from typing import Any, TypeAlias, cast
 
 import msgspec
@@ -62,14 +63,19 @@ def header(scope: Scope, name: str) -> str | None:
     return None
 
 
+def header_texts(scope: Scope) -> list[tuple[str, str]]:
+    """Read all request headers, in order; names are in lower case."""
+    return [(k.decode("latin-1"), v.decode("latin-1")) for k, v in scope["headers"]]
+
+
 async def read_json(receive: Receive) -> object:
-    """Read and decode a JSON body.
+    """Read and decode a JSON body; a number with a fraction becomes a ``Decimal``.
 
     Raises:
         TooLargeError: it is over 1 MiB.
         InvalidRequestError: it is not JSON.
     """
-    return decode_json(await read_body(receive, JSON_BODY_MAX_BYTES))
+    return decode_json(await read_body(receive, JSON_BODY_MAX_BYTES), exact=True)
 
 
 async def read_body(receive: Receive, max_bytes: int) -> bytes:
@@ -128,14 +134,14 @@ async def consume(
         raise refusal
 
 
-def decode_json(body: bytes) -> object:
-    """Decode JSON of any shape.
+def decode_json(body: bytes, *, exact: bool = False) -> object:
+    """Decode JSON of any shape; ``exact`` makes each fraction a ``Decimal``.
 
     Raises:
         InvalidRequestError: it is not JSON, or nested deeper than the decoder goes.
     """
     try:
-        return cast("object", msgspec.json.decode(body))
+        return (_EXACT if exact else _PLAIN).decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         if b"\\ud" in body.lower():
             return _with_surrogates(body, error)
@@ -146,6 +152,17 @@ def decode_json(body: bytes) -> object:
         ) from error
 
 
+def _decimal(text: str) -> Decimal:
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        raise ValueError("a number is out of range") from None
+
+
+_PLAIN = msgspec.json.Decoder[object]()
+_EXACT = msgspec.json.Decoder[object](float_hook=_decimal)
+
+
 def _with_surrogates(body: bytes, cause: Exception) -> object:
     # The fast decoder says of half a surrogate pair only that it is broken. The rules
     # of the request name the field that has one.
@@ -153,7 +170,9 @@ def _with_surrogates(body: bytes, cause: Exception) -> object:
         raise ValueError(constant)
 
     try:
-        return cast("object", json.loads(body, parse_constant=refused))
+        return cast(
+            "object", json.loads(body, parse_float=_decimal, parse_constant=refused)
+        )
     except (ValueError, RecursionError):
         raise InvalidRequestError(
             "The body must be a JSON object; it could not be read.",

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import msgspec
@@ -25,6 +25,7 @@ from gateway.api.http import (
     StalledError,
     disconnected,
     header,
+    header_texts,
     note_of,
     send_answer,
     send_chunk,
@@ -38,7 +39,14 @@ from gateway.core.delivery import Delivery, delivery_of
 from gateway.core.errors import GatewayError, InvalidRequestError, storage_full
 from gateway.core.idempotency import fingerprint, parse_key
 from gateway.core.images import IMAGE_MAX_BYTES
+from gateway.core.preferences import (
+    Said,
+    check_said,
+    parse_headers,
+    strange_headers,
+)
 from gateway.core.requests import (
+    IGNORED_MAX,
     ImageRequest,
     parse_edit,
     parse_edit_form,
@@ -132,6 +140,8 @@ class Images:
     callback_rules: CallbackRules
     wake_worker: Callable[[], None]
     storage_trouble: Callable[[], Awaitable[str | None]]
+    tenants_may_choose: bool = False
+    """Whether tenants may say where their requests go."""
 
     async def generations(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request of the generation route."""
@@ -188,11 +198,22 @@ class Images:
             body.close()
 
     async def _start(self, scope: Scope, key: Key, asked: Asked) -> Work:
-        note, request = note_of(scope), asked.request
+        note = note_of(scope)
+        headers = header_texts(scope)
+        said = Said(parse_headers(headers), asked.request.routing, key.routing)
+        check_said(
+            said,
+            asked.request.variant.name,
+            self.catalogue,
+            tenants_may_choose=self.tenants_may_choose,
+        )
+        request = replace(asked.request, routing=said.together)
+        asked = replace(asked, request=request)
         if request.callback_url is not None:
             check_callback_url(request.callback_url, self.callback_rules)
-        if request.ignored:
-            note.headers[IGNORED_PARAMS] = ", ".join(request.ignored)
+        ignored = [*request.ignored, *strange_headers(headers)][:IGNORED_MAX]
+        if ignored:
+            note.headers[IGNORED_PARAMS] = ", ".join(ignored)
         delivery = delivery_of(header(scope, "prefer"), request, key.delivery)
         note.headers["x-gateway-mode"] = delivery.mode.value
         once = await _once(scope, asked)
@@ -204,6 +225,7 @@ class Images:
     async def _new(self, scope: Scope, key: Key, asked: Asked, ask: Ask) -> Work:
         note, request = note_of(scope), ask.request
         self.runner.check_room()
+        self.generate.check_route(request)
         if await self.storage_trouble() is not None:
             raise storage_full()
         inputs = NO_INPUTS

@@ -74,7 +74,7 @@ class _Lifter:
     def finish(self) -> None:
         self.feed(b"", last=True)
         self._keep(self.rest)
-        self.body.json = decode_json(bytes(self.kept))
+        self.body.json = decode_json(bytes(self.kept), exact=True)
 
     def _between(self, data: bytes, *, last: bool) -> bytes:
         quote = data.find(b'"')

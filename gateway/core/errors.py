@@ -89,6 +89,21 @@ def insufficient_credits(
     )
 
 
+def max_credits_exceeded(
+    most_nanocredits: int, limit_nanocredits: int
+) -> InvalidRequestError:
+    """Say how much a request may cost and how much it may cost at most."""
+    most, limit = decimal_text(most_nanocredits), decimal_text(limit_nanocredits)
+    return InvalidRequestError(
+        f"This request may cost up to {most} credits, and routing.max_credits allows "
+        f"{limit}. Nothing was charged. Raise the limit, or ask for a smaller size, a "
+        "lower quality or fewer images.",
+        param="routing.max_credits",
+        code="max_credits_exceeded",
+        extra={"estimated_credits": most},
+    )
+
+
 class ForbiddenError(GatewayError):
     """The key may not do this."""
 

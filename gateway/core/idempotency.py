@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from gateway.core.errors import GatewayError, InvalidRequestError
+from gateway.core.preferences import routing_facts
 from gateway.core.requests import ImageRequest
 
 KEY_MAX_CHARS = 255
@@ -23,6 +24,7 @@ _NOT_OF_THE_REQUEST = {
     "reference_params",
     "mask_param",
     "by_url",
+    "routing",
 }
 
 
@@ -75,6 +77,9 @@ def fingerprint(request: ImageRequest, digests: Sequence[str]) -> str:
         for field in fields(request)
         if field.name not in _NOT_OF_THE_REQUEST
     }
+    # Only where there are some: what was asked before there were any stays the same.
+    routing = routing_facts(request.routing)
+    asked |= {"routing": routing} if routing else {}
     pictures = [request.references, request.mask, list(digests)]
     text = json.dumps([request.variant.name, asked, pictures], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -6,6 +6,7 @@ import json
 from dataclasses import fields
 
 from gateway.core.catalogue import Catalogue
+from gateway.core.preferences import parse_routing, routing_facts
 from gateway.core.requests import ImageRequest
 from gateway.core.sizes import Size
 
@@ -22,6 +23,7 @@ def order_json(request: ImageRequest, pictures: int, *, has_mask: bool) -> str:
         if field.name not in _BESIDE
     }
     facts["variant"] = request.variant.name
+    facts["routing"] = routing_facts(request.routing)
     facts["references"] = [f"{KEPT_SCHEME}{place}" for place in range(pictures)]
     facts["mask"] = f"{KEPT_SCHEME}{pictures}" if has_mask else None
     return json.dumps(facts)
@@ -38,6 +40,7 @@ def request_from(text: str, catalogue: Catalogue) -> ImageRequest | None:
         variant=variant,
         size=Size(*size) if size else None,
         references=tuple(facts.pop("references")),
+        routing=parse_routing(facts.pop("routing", None)),
         **facts,
     )
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from urllib.parse import urlsplit
 
 from gateway.core.catalogue import Catalogue, Operation, TokenRule, Variant
 from gateway.core.errors import InvalidRequestError, NotFoundError
+from gateway.core.preferences import parse_routing, parse_routing_text
+from gateway.core.routing import NO_PREFERENCES, Preferences
 from gateway.core.sizes import Size, resolve_size, shown
 
 DEFAULT_MODEL = "gpt-image-2"
@@ -55,6 +58,7 @@ KNOWN_FIELDS = frozenset(
         "quality",
         "resolution",
         "response_format",
+        "routing",
         "safety_identifier",
         "size",
         "stream",
@@ -103,6 +107,9 @@ class ImageRequest:
     ignored: tuple[str, ...] = ()
     by_url: bool = False
     """Whether ``image_urls`` or ``mask_url`` was given: words of the task contract."""
+
+    routing: Preferences = NO_PREFERENCES
+    """As the body says, until headers and key are heard too."""
 
     @property
     def operation(self) -> Operation:
@@ -246,6 +253,7 @@ def _request(
         stream=_flag(fields, "stream"),
         partial_images=_whole(fields, "partial_images", 0, PARTIAL_IMAGES_MAX) or 0,
         ignored=_ignored(fields, known),
+        routing=parse_routing(fields.get("routing")),
     )
 
 
@@ -264,7 +272,7 @@ def _from_form(name: str, text: str) -> object:
         return int(text)
     if name in FORM_FLAGS:
         return TRUE_OR_FALSE.get(text.lower(), text)
-    return text
+    return parse_routing_text(text) if name == "routing" else text
 
 
 def _variant(fields: Mapping[str, object], catalogue: Catalogue) -> Variant:
@@ -457,6 +465,7 @@ def _json_type(value: object) -> str:
         bool: "true or false",
         int: "a number",
         float: "a number with a fraction",
+        Decimal: "a number with a fraction",
         str: "a string",
         list: "an array",
         dict: "an object",

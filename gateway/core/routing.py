@@ -6,8 +6,9 @@ Prices and health come in, an explained order goes out.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from enum import Enum
+from math import inf
 
 from gateway.core.breaker import BreakerState, Health
 from gateway.core.catalogue import Offer
@@ -66,6 +67,71 @@ class Wish:
     mask: bool = False
 
 
+class Sort(Enum):
+    """What decides between two offers that may both be tried."""
+
+    PRICE = "price"
+    LATENCY = "latency"
+    """How long it usually takes; those of which that is not known yet come last."""
+
+    THROUGHPUT = "throughput"
+    """How many more calls it may take at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preferences:
+    """Where a request may go, and what first; None says nothing.
+
+    ``only``, ``ignore`` and ``order`` name upstreams or offers (by id). A request that
+    may cost its tenant more than ``max_nanocredits`` is refused. Without
+    ``allow_fallbacks`` it is tried at one offer, once.
+    """
+
+    only: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] | None = None
+    order: tuple[str, ...] | None = None
+    sort: Sort | None = None
+    max_nanocredits: int | None = None
+    allow_fallbacks: bool | None = None
+
+    def over(self, weaker: Preferences) -> Preferences:
+        """Return both as one; where both say something, these count."""
+        said = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return replace(weaker, **{n: value for n, value in said if value is not None})
+
+    def leaves_out(self, offer: Offer) -> str | None:
+        """Name the preference that leaves an offer out, if one does."""
+        if self.only is not None and not _named(self.only, offer):
+            return "only"
+        return "ignore" if self.ignore and _named(self.ignore, offer) else None
+
+    def place_of(self, offer: Offer) -> int:
+        """Tell an offer's place in ``order``; all that it does not name share one."""
+        for place, name in enumerate(self.order or ()):
+            if name in {offer.upstream, offer.id}:
+                return place
+        return len(self.order or ())
+
+    def placed_by(self, offer: Offer) -> str:
+        """Say what gave an offer its place among those that may be tried."""
+        place = self.place_of(offer)
+        if place < len(self.order or ()):
+            return f"routing.order[{place}]"
+        return (self.sort or Sort.PRICE).value
+
+    @property
+    def attempts_max(self) -> int:
+        """How many offers may fail a request."""
+        return 1 if self.allow_fallbacks is False else ATTEMPTS_MAX
+
+
+NO_PREFERENCES = Preferences()
+
+
+def _named(names: tuple[str, ...], offer: Offer) -> bool:
+    return offer.upstream in names or offer.id in names
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One offer as the decision saw it.
@@ -73,7 +139,8 @@ class Candidate:
     ``cost_nanousd`` is the estimate for the whole request times the learned ratio,
     None when it is not known. ``reason`` says why it was left out; empty when it may
     be tried. ``waits`` marks one that is only out of slots for the moment, ``shut`` one
-    that nothing but its open breaker keeps out.
+    that nothing but its open breaker keeps out, ``unwanted`` names the preference that
+    left it out, ``drained`` says that the operator did.
     """
 
     offer: Offer
@@ -83,6 +150,8 @@ class Candidate:
     retry_at_ms: int | None = None
     waits: bool = False
     shut: bool = False
+    unwanted: str | None = None
+    drained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +160,7 @@ class Decision:
 
     ranked: tuple[Candidate, ...]
     left_out: tuple[Candidate, ...]
+    preferences: Preferences = NO_PREFERENCES
 
     @property
     def all(self) -> tuple[Candidate, ...]:
@@ -108,6 +178,12 @@ class Decision:
         """When the first of those left out may be called again."""
         times = [c.retry_at_ms for c in self.left_out if c.retry_at_ms is not None]
         return min(times, default=None)
+
+    @property
+    def may_return(self) -> bool:
+        """Whether one of those left out may be called later, by itself or by hand."""
+        drained = any(c.drained for c in self.left_out)
+        return drained or self.soonest_retry_ms is not None
 
 
 def cannot(capabilities: Capabilities, wish: Wish) -> str | None:
@@ -134,10 +210,14 @@ def cannot(capabilities: Capabilities, wish: Wish) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """When a decision is taken: today's date, and how long there is left."""
+    """When a decision is taken: today's date, and how long there is left.
+
+    ``drained`` are the upstreams that the operator lets nothing new go to.
+    """
 
     today: str
     left_ms: int
+    drained: frozenset[str] = frozenset()
 
 
 def decide(
@@ -147,6 +227,7 @@ def decide(
     moment: Moment,
     *,
     tried: frozenset[str] = frozenset(),
+    preferences: Preferences = NO_PREFERENCES,
 ) -> Decision:
     """Order the offers that can be tried, the cheapest first, and explain the rest.
 
@@ -154,25 +235,56 @@ def decide(
     id decides, so that the order never depends on chance. A request that has failed
     somewhere goes to the doubtful last: it has few attempts, and must not spend them
     all on finding out what is down. ``health`` has no entry for an offer that nobody
-    has called yet.
+    has called yet. Preferences come before the price: first those that ``order``
+    names, then by ``sort``.
     """
     ranked: list[Candidate] = []
     left_out: list[Candidate] = []
     for offer, cost_nanousd in priced:
         seen = health.get(offer.id, Health())
         candidate = _judged(wish, offer, cost_nanousd, seen, moment, tried)
+        candidate = _wanted(candidate, preferences, moment)
         (left_out if candidate.reason else ranked).append(candidate)
 
-    def order(candidate: Candidate) -> tuple[bool, int, int, str]:
-        seen = health.get(candidate.offer.id, Health())
+    def order(candidate: Candidate) -> tuple[int, bool, float, int, int, str]:
+        offer, cost_nanousd = candidate.offer, candidate.cost_nanousd or 0
+        seen = health.get(offer.id, Health())
+        place = preferences.place_of(offer) if preferences.order else 0
         late = bool(tried) and seen.doubtful
-        cost_nanousd = candidate.cost_nanousd or 0
-        return late, cost_nanousd, seen.in_flight, candidate.offer.id
+        first = _sort_key(preferences.sort, seen)
+        return place, late, first, cost_nanousd, seen.in_flight, offer.id
 
     return Decision(
         tuple(sorted(ranked, key=order)),
         tuple(sorted(left_out, key=lambda c: c.offer.id)),
+        preferences,
     )
+
+
+def _wanted(
+    candidate: Candidate, preferences: Preferences, moment: Moment
+) -> Candidate:
+    # What is not wanted is not waited for either, and no try is forced there.
+    unwanted = preferences.leaves_out(candidate.offer)
+    drained = candidate.offer.upstream in moment.drained
+    if unwanted is None and not drained:
+        return candidate
+    return replace(
+        candidate,
+        reason=f"left out by routing.{unwanted}" if unwanted else "drained",
+        retry_at_ms=None,
+        waits=False,
+        shut=False,
+        unwanted=unwanted,
+        drained=unwanted is None,
+    )
+
+
+def _sort_key(sort: Sort | None, health: Health) -> float:
+    # The smaller goes first; what is equal here is decided by the price.
+    if sort is Sort.LATENCY:
+        return inf if health.usual_ms is None else health.usual_ms
+    return -health.slots_free if sort is Sort.THROUGHPUT else 0
 
 
 def _judged(

@@ -16,7 +16,15 @@ from gateway.core.events import AttemptFinished
 from gateway.core.money import decimal_text
 from gateway.core.pricing import REPORTED, real_cost
 from gateway.core.ratios import Sample, tier_of
-from gateway.core.routing import Candidate, Decision, Moment, Next, Wish
+from gateway.core.routing import (
+    NO_PREFERENCES,
+    Candidate,
+    Decision,
+    Moment,
+    Next,
+    Preferences,
+    Wish,
+)
 from gateway.core.tasks import STOPPED, AttemptState
 from gateway.ports import (
     AttemptEnd,
@@ -114,6 +122,13 @@ class Order:
     """Whether to buy what is missing, or only to take up what ``history`` holds."""
     order_json: Callable[[], str] | None = None
     """Writes the request down, to be kept with a job id if nothing else keeps it."""
+    preferences: Preferences = NO_PREFERENCES
+
+    def settled_on(self, offer: Offer) -> Order:
+        """Return what is left to order once an offer was chosen for a part of it."""
+        if self.preferences.attempts_max > 1:
+            return self
+        return replace(self, offers=(offer,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,11 +205,14 @@ class Dispatcher:
     events: Events
     crashed: Callable[[BaseException, str], None]
     budget: limits.RetryBudget = field(default_factory=limits.RetryBudget)
+    drained: Callable[[], frozenset[str]] = frozenset
+    """Tells the upstreams to which nothing new may go."""
 
     async def buy(self, order: Order) -> Purchase:
         """Carry an order out as far as it goes; never raises ``ProviderError``.
 
-        At most ``routing.ATTEMPTS_MAX`` rounds may fail, each at another offer. A
+        At most ``routing.ATTEMPTS_MAX`` rounds may fail, each at another offer; one,
+        where the order allows no fallbacks: then no other offer is ever turned to. A
         round at an offer that makes fewer pictures per call than are wanted is several
         calls at once. What is missing after a round is bought in the next: never the
         whole again. A patient order whose rounds failed by outages alone, with nothing
@@ -218,22 +236,17 @@ class Dispatcher:
 
     async def _fill(self, order: Order, purchase: Purchase, tried: set[str]) -> None:
         while purchase.missing:
-            goes_on = len(tried) < routing.ATTEMPTS_MAX
-            goes_on = goes_on and await self._next_round(order, purchase, tried)
+            chosen, goes_on = None, False
+            if len(tried) < order.preferences.attempts_max:
+                chosen = await self._choose(order, purchase, frozenset(tried))
+            if chosen is not None:
+                order = order.settled_on(chosen[0])
+                failed, short = await self._round(order, purchase, *chosen)
+                if failed or short:
+                    tried.add(chosen[0].id)
+                goes_on = await self._goes_on(purchase, failed)
             if not goes_on and not await self._rested(order, purchase, tried):
                 return
-
-    async def _next_round(
-        self, order: Order, purchase: Purchase, tried: set[str]
-    ) -> bool:
-        # Tells whether there may be another one.
-        chosen = await self._choose(order, purchase, frozenset(tried))
-        if chosen is None:
-            return False
-        failed, short = await self._round(order, purchase, *chosen)
-        if failed or short:
-            tried.add(chosen[0].id)
-        return await self._goes_on(purchase, failed)
 
     async def stop(self, order: Order) -> Stop:
         """Ask the upstreams to stop the jobs that ``history`` holds, all at once.
@@ -362,7 +375,7 @@ class Dispatcher:
             if full:
                 if not await self.board.wait_for_slot(full, left_ms / 1000):
                     return None
-            elif order.patient and decision.soonest_retry_ms is not None:
+            elif order.patient and decision.may_return:
                 await self.clock.sleep(min(PATIENT_LOOK_S, left_ms / 1000))
             else:
                 return None
@@ -393,7 +406,12 @@ class Dispatcher:
         )
         priced = [(offer, order.cost_nanousd(offer, n)) for offer in order.offers]
         return routing.decide(
-            order.wish, priced, health, Moment(order.today, left_ms), tried=tried
+            order.wish,
+            priced,
+            health,
+            Moment(order.today, left_ms, self.drained()),
+            tried=tried,
+            preferences=order.preferences,
         )
 
     async def _goes_on(self, purchase: Purchase, failed: list[Failure]) -> bool:
@@ -866,10 +884,10 @@ def _outcome_of(result: Lot | Failure, call: _Call) -> Outcome:
 
 def decision_json(decision: Decision) -> str:
     """Write a decision down as it is kept with its task."""
-    return json.dumps([candidate_facts(c) for c in decision.all])
+    return json.dumps([candidate_facts(c, decision) for c in decision.all])
 
 
-def candidate_facts(candidate: Candidate) -> dict[str, object]:
+def candidate_facts(candidate: Candidate, decision: Decision) -> dict[str, object]:
     """Describe an offer as a decision saw it."""
     cost = candidate.cost_nanousd
     return {
@@ -879,4 +897,7 @@ def candidate_facts(candidate: Candidate) -> dict[str, object]:
         "breaker": candidate.state.value,
         "eligible": not candidate.reason,
         "reason": candidate.reason or None,
+        "placed_by": None
+        if candidate.reason
+        else decision.preferences.placed_by(candidate.offer),
     }

@@ -7,7 +7,7 @@ answered. A client that hangs up changes nothing: the work is paid, so it is fin
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 
@@ -22,10 +22,12 @@ from gateway.core.errors import (
     RateLimitedError,
     ServiceUnavailableError,
     insufficient_credits,
+    max_credits_exceeded,
 )
 from gateway.core.events import HoldRefused, TaskFinished
 from gateway.core.ledger import Balance, Settled
 from gateway.core.orders import class_of, order_json
+from gateway.core.preferences import routing_facts
 from gateway.core.requests import ImageRequest
 from gateway.core.routing import Wish
 from gateway.core.sizes import Size
@@ -138,6 +140,8 @@ class Generate:
     chance: Chance
     events: Events
     today: Callable[[], str]
+    names_upstreams: bool = True
+    """Whether tenants may read the names of upstreams."""
 
     def new_task_id(self) -> str:
         """Draw the id of the next task."""
@@ -166,6 +170,43 @@ class Generate:
             self.events.emit(HoldRefused(request.variant.name))
             raise insufficient_credits(needed, balance.available)
 
+    def check_route(self, request: ImageRequest) -> None:
+        """See that there is somewhere to buy, for no more than may be paid.
+
+        Raises:
+            InvalidRequestError: it may cost more than ``max_credits``.
+            ServiceUnavailableError: no upstream is configured for the variant, or the
+                preferences leave none.
+        """
+        offers = self.catalogue.offers.get(request.variant.name)
+        if not offers:
+            raise ServiceUnavailableError(
+                f"No upstream is configured for {request.variant.name}. "
+                "Choose another model from GET /v1/models, or ask the operator.",
+                code="no_available_channel",
+                client_may_retry=False,
+            )
+        most, limit = pricing.hold_nanocredits(request), request.routing.max_nanocredits
+        if limit is not None and most > limit:
+            raise max_credits_exceeded(most, limit)
+        left_out = [(o.upstream, request.routing.leaves_out(o)) for o in offers]
+        if all(by for _, by in left_out):
+            raise ServiceUnavailableError(
+                f"No upstream of {request.variant.name} is left to send this request "
+                f"to: {self._left_out_text(left_out)}. Change the preferences.",
+                code="no_available_channel",
+                client_may_retry=False,
+            )
+
+    def _left_out_text(self, left_out: Sequence[tuple[str, str | None]]) -> str:
+        # Which upstreams there are is told only to those who may choose among them.
+        parts = []
+        for name in sorted({by for _, by in left_out if by}):
+            upstreams = sorted(upstream for upstream, by in left_out if by == name)
+            what = ", ".join(upstreams) if self.names_upstreams else "some"
+            parts.append(f"routing.{name} leaves out {what}")
+        return "; ".join(parts)
+
     async def accept(
         self,
         task_id: str,
@@ -185,19 +226,13 @@ class Generate:
         ``carry_out`` closes them.
 
         Raises:
+            GatewayError: as ``check_route``; nothing was held.
             InsufficientCreditsError: it is not there; nothing was held.
             IdempotencyConflictError: the key stands for another request.
             QueueFullError: as many tasks wait as may wait.
-            ServiceUnavailableError: no upstream is configured for the variant, or the
-                store cannot be written.
+            ServiceUnavailableError: the store cannot be written.
         """
-        if not self.catalogue.offers.get(request.variant.name):
-            raise ServiceUnavailableError(
-                f"No upstream is configured for {request.variant.name}. "
-                "Choose another model from GET /v1/models, or ask the operator.",
-                code="no_available_channel",
-                client_may_retry=False,
-            )
+        self.check_route(request)
         now_ms = self.clock.now_ms()
         lasts_ms = ASYNC_DEADLINE_MS if later is not None else SYNC_DEADLINE_MS
         task = NewTask(
@@ -263,7 +298,7 @@ class Generate:
             await self.give_up(accepted, error)
             raise
         if not purchase.lots:
-            refusal = _client_error(purchase)
+            refusal = self._explained(_client_error(purchase), purchase)
             if isinstance(refusal, ServiceUnavailableError):
                 refusal.extra = self._other_variant(accepted.request)
             await self.give_up(accepted, refusal, purchase)
@@ -277,6 +312,27 @@ class Generate:
             for image in purchase.images:
                 image.payload.close()
             raise
+
+    def _explained(self, refusal: GatewayError, purchase: Purchase) -> GatewayError:
+        # Says so where the preferences had a part in there being nowhere (else) to go.
+        decision = purchase.decision
+        if decision is None or not isinstance(refusal, ServiceUnavailableError):
+            return refusal
+        left_out = [
+            (c.offer.upstream, c.unwanted) for c in decision.left_out if c.unwanted
+        ]
+        notes = [self._left_out_text(left_out)] if left_out else []
+        alone = decision.preferences.attempts_max == 1
+        if alone and purchase.failures and len(decision.ranked) > 1:
+            notes.append("routing.allow_fallbacks allows no second try")
+        if not notes:
+            return refusal
+        return ServiceUnavailableError(
+            f"{refusal} Your preferences: {'; '.join(notes)}.",
+            code=refusal.code if purchase.failures else "no_available_channel",
+            retry_after_s=refusal.retry_after_s,
+            client_may_retry=refusal.client_may_retry,
+        )
 
     def _other_variant(self, request: ImageRequest) -> dict[str, object]:
         # What else could be asked for, by the words of the task contract.
@@ -474,6 +530,7 @@ class Generate:
             patient=accepted.task.mode is DeliveryMode.ASYNC,
             buys=accepted.buys,
             order_json=partial(_order_json, request),
+            preferences=request.routing,
         )
 
     def _tell(
@@ -576,6 +633,7 @@ def _facts_of(request: ImageRequest) -> dict[str, object]:
         "references": len(request.references),
         "response_format": request.response_format,
         "prompt_chars": len(request.prompt),
+        "routing": routing_facts(request.routing),
     }
 
 

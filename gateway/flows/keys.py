@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from gateway.core import keys as rules
 from gateway.core.errors import NotFoundError, UnauthorizedError
+from gateway.core.routing import NO_PREFERENCES, Preferences
 from gateway.ports import Accounts, Chance, Clock, Key, Tenant
 
 KEY_ID_CHARS = 16
@@ -92,8 +93,17 @@ class ManageKeys:
     chance: Chance
     pepper: bytes
 
-    async def create(self, tenant: Tenant, *, delivery: str = "auto") -> NewKey:
-        """Make a key; ``delivery`` (auto, sync, async) is its default mode."""
+    async def create(
+        self,
+        tenant: Tenant,
+        *,
+        delivery: str = "auto",
+        routing: Preferences = NO_PREFERENCES,
+    ) -> NewKey:
+        """Make a key; ``delivery`` (auto, sync, async) is its default mode.
+
+        ``routing`` is where its requests go, unless they say otherwise.
+        """
         assert delivery in {"auto", "sync", "async"}, delivery
         secret = rules.key_from(self.chance.token(rules.ALPHABET, rules.RANDOM_CHARS))
         key = Key(
@@ -103,6 +113,7 @@ class ManageKeys:
             display=rules.display(secret),
             delivery=delivery,
             created_ms=self.clock.now_ms(),
+            routing=routing,
         )
         await self.accounts.add_key(key)
         return NewKey(key, secret)

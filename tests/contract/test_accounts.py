@@ -10,6 +10,7 @@ import pytest
 
 from gateway.core.errors import ConflictError, NotFoundError
 from gateway.core.ledger import Balance
+from gateway.core.routing import Preferences, Sort
 from gateway.ports import Key, Tenant
 from tests.contract.stores import BACKENDS, NOW_MS, TENANT, Stores, open_stores
 
@@ -75,6 +76,21 @@ async def test_a_key_is_found_by_its_digest(stores: Stores) -> None:
 
     assert await stores.accounts.key_by_digest(b"\x00\xff digest 1") == a_key()
     assert await stores.accounts.key_by_digest(b"another") is None
+
+
+async def test_a_key_is_found_by_its_id_with_the_routing_it_was_given(
+    stores: Stores,
+) -> None:
+    routing = Preferences(
+        only=("a", "b/c"), sort=Sort.LATENCY, max_nanocredits=1, allow_fallbacks=False
+    )
+    await stores.fund(0)
+    await stores.accounts.add_key(a_key(routing=routing))
+    await stores.reopen()
+
+    assert await stores.accounts.key("key-1") == a_key(routing=routing)
+    assert await stores.accounts.key_by_digest(a_key().digest) == a_key(routing=routing)
+    assert await stores.accounts.key("key-2") is None
 
 
 async def test_keys_are_listed_oldest_first_and_only_to_their_tenant(

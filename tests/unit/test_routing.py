@@ -18,7 +18,15 @@ from gateway.core.limits import (
     may_rebuy,
     spent,
 )
-from gateway.core.routing import Moment, Wish, cannot, decide
+from gateway.core.routing import (
+    Candidate,
+    Moment,
+    Preferences,
+    Sort,
+    Wish,
+    cannot,
+    decide,
+)
 from providers.kit.contract import Capabilities, Operation
 
 WISH = Wish(Operation.GENERATE, (1024, 1024), "low", 1)
@@ -167,6 +175,137 @@ def test_what_an_offer_cannot_do_is_known_before_the_call(
     capabilities: Capabilities, wish: Wish, reason: str | None
 ) -> None:
     assert cannot(capabilities, wish) == reason
+
+
+# --- preferences ---
+
+UPSTREAMS = ("a", "b", "c", "d")
+Shelf = list[tuple[int, int, float | None]]
+"""Cost, free slots and usual duration of upstreams a, b, c and d, all callable."""
+names = st.sampled_from([*UPSTREAMS, *(f"{u}/gpt-image-2" for u in UPSTREAMS)])
+lists = st.none() | st.lists(names, min_size=1, max_size=5).map(tuple)
+shelves = st.lists(
+    st.tuples(st.integers(1, 9), st.integers(1, 4), st.none() | st.floats(1, 200_000)),
+    min_size=4,
+    max_size=4,
+)
+preferences = st.builds(
+    Preferences,
+    only=lists,
+    ignore=lists,
+    order=lists,
+    sort=st.none() | st.sampled_from(Sort),
+)
+
+
+def ranked(shelf: Shelf, wanted: Preferences) -> tuple[Candidate, ...]:
+    priced = [(offer(u), shelf[i][0]) for i, u in enumerate(UPSTREAMS)]
+    health = {
+        f"{u}/gpt-image-2": Health(slots_free=shelf[i][1], usual_ms=shelf[i][2])
+        for i, u in enumerate(UPSTREAMS)
+    }
+    decision = decide(WISH, priced, health, NOW, preferences=wanted)
+    assert {c.offer.upstream for c in decision.all} == {*UPSTREAMS}
+    return decision.ranked
+
+
+def allows(wanted: Preferences, upstream: str) -> bool:
+    both = {upstream, f"{upstream}/gpt-image-2"}
+    kept = wanted.only is None or bool(both & {*wanted.only})
+    return kept and not both & {*(wanted.ignore or ())}
+
+
+@given(shelves, preferences)
+def test_what_is_tried_is_an_order_of_just_those_that_are_allowed(
+    shelf: Shelf, wanted: Preferences
+) -> None:
+    tried = [c.offer.upstream for c in ranked(shelf, wanted)]
+
+    assert sorted(tried) == [u for u in UPSTREAMS if allows(wanted, u)]
+
+
+@given(shelves, lists, lists, st.sampled_from([None, Sort.PRICE]))
+def test_by_price_the_cheapest_of_the_allowed_goes_first(
+    shelf: Shelf,
+    only: tuple[str, ...] | None,
+    ignore: tuple[str, ...] | None,
+    sort: Sort | None,
+) -> None:
+    tried = ranked(shelf, Preferences(only=only, ignore=ignore, sort=sort))
+
+    costs = [c.cost_nanousd for c in tried]
+    assert costs == sorted(costs, key=lambda cost: cost or 0)
+
+
+@given(shelves, preferences)
+def test_the_named_order_is_kept_before_anything_else(
+    shelf: Shelf, wanted: Preferences
+) -> None:
+    tried = [c.offer.upstream for c in ranked(shelf, wanted)]
+
+    order = wanted.order or ()
+    upstreams = list(dict.fromkeys(name.partition("/")[0] for name in order))
+    named = [u for u in upstreams if allows(wanted, u)]
+    assert tried[: len(named)] == named
+
+
+@given(shelves, st.sampled_from(Sort))
+def test_the_rest_goes_by_the_sort_and_equals_by_the_price(
+    shelf: Shelf, sort: Sort
+) -> None:
+    def worth(candidate: Candidate) -> tuple[float, int]:
+        cost, slots, usual_ms = shelf[UPSTREAMS.index(candidate.offer.upstream)]
+        by_time = float("inf") if usual_ms is None else usual_ms
+        by = {Sort.PRICE: 0.0, Sort.LATENCY: by_time, Sort.THROUGHPUT: -float(slots)}
+        return by[sort], cost
+
+    tried = ranked(shelf, Preferences(sort=sort))
+
+    assert [worth(c) for c in tried] == sorted(map(worth, tried))
+
+
+def test_of_the_unknown_ones_the_cheapest_goes_first_after_the_known() -> None:
+    shelf: Shelf = [(1, 1, None), (9, 1, 80_000.0), (2, 1, None), (8, 1, 20_000.0)]
+
+    tried = ranked(shelf, Preferences(sort=Sort.LATENCY))
+
+    assert [c.offer.upstream for c in tried] == ["d", "b", "a", "c"]
+
+
+def test_what_preferences_leave_out_says_which_one_did_it_and_is_not_waited_for() -> (
+    None
+):
+    health = {"b/gpt-image-2": Health(state=BreakerState.OPEN, retry_at_ms=9_000)}
+    priced = [(offer(u), 1) for u in ("a", "b", "c")]
+    wanted = Preferences(only=("a", "c/gpt-image-2"), ignore=("c",))
+
+    decision = decide(WISH, priced, health, NOW, preferences=wanted)
+
+    assert {c.offer.upstream: c.reason for c in decision.all} == {
+        "a": "",
+        "b": "left out by routing.only",
+        "c": "left out by routing.ignore",
+    }
+    assert decision.soonest_retry_ms is None
+
+
+def test_a_drained_upstream_takes_nothing_new_and_may_come_back() -> None:
+    moment = replace(NOW, drained=frozenset({"a"}))
+
+    decision = decide(WISH, [(offer("a"), 1)], {}, moment)
+
+    assert [c.reason for c in decision.left_out] == ["drained"]
+    assert decision.may_return
+
+
+def test_what_is_said_first_counts_field_by_field() -> None:
+    header = Preferences(sort=Sort.LATENCY)
+    body = Preferences(sort=Sort.PRICE, only=("a",))
+    key = Preferences(only=("b",), allow_fallbacks=False)
+
+    assert header.over(body).over(key) == Preferences(
+        only=("a",), sort=Sort.LATENCY, allow_fallbacks=False
+    )
 
 
 def test_the_soonest_return_is_known() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gateway.adapters.sql.database import Database, Row, Transaction
 from gateway.core.errors import ConflictError, NotFoundError
 from gateway.core.ledger import Balance
+from gateway.core.preferences import routing_from_text, routing_text
 from gateway.core.webhooks import SigningKey
 from gateway.ports import Key, Tenant
 
@@ -54,9 +55,21 @@ class SqlAccounts:
         row = await self.database.read(
             lambda tx: tx.one(
                 """SELECT id, tenant_id, digest, display, delivery,
-                    created_ms, revoked_ms
+                    created_ms, revoked_ms, routing_json
                 FROM keys WHERE digest = $1""",
                 digest,
+            )
+        )
+        return _key(row) if row else None
+
+    async def key(self, key_id: str) -> Key | None:
+        """See ``Accounts``."""
+        row = await self.database.read(
+            lambda tx: tx.one(
+                """SELECT id, tenant_id, digest, display, delivery,
+                    created_ms, revoked_ms, routing_json
+                FROM keys WHERE id = $1""",
+                key_id,
             )
         )
         return _key(row) if row else None
@@ -66,7 +79,7 @@ class SqlAccounts:
         rows = await self.database.read(
             lambda tx: tx.all(
                 """SELECT id, tenant_id, digest, display, delivery,
-                    created_ms, revoked_ms
+                    created_ms, revoked_ms, routing_json
                 FROM keys WHERE tenant_id = $1 ORDER BY created_ms, id""",
                 tenant_id,
             )
@@ -135,8 +148,9 @@ async def _add_key(tx: Transaction, key: Key) -> None:
         raise NotFoundError(f"there is no tenant {key.tenant_id!r}")
     added = await tx.run(
         """INSERT INTO keys
-            (id, tenant_id, digest, display, delivery, created_ms, revoked_ms)
-        VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING""",
+            (id, tenant_id, digest, display, delivery, created_ms, revoked_ms,
+             routing_json)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT DO NOTHING""",
         key.id,
         key.tenant_id,
         key.digest,
@@ -144,10 +158,12 @@ async def _add_key(tx: Transaction, key: Key) -> None:
         key.delivery,
         key.created_ms,
         key.revoked_ms,
+        routing_text(key.routing),
     )
     if not added:
         raise ConflictError(f"there is a key {key.id!r} or one equal to it already")
 
 
 def _key(row: Row) -> Key:
-    return Key(*row)
+    key = Key(*row[:-1])
+    return replace(key, routing=routing_from_text(row[-1]))

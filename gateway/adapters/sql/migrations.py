@@ -252,6 +252,15 @@ MIGRATIONS = (
             WHERE state = 'processing' AND lease_until_ms IS NOT NULL""",
         ),
     ),
+    Migration(
+        statements=(
+            "ALTER TABLE keys ADD COLUMN routing_json TEXT",
+            """CREATE TABLE drains (
+                upstream TEXT PRIMARY KEY,
+                since_ms BIGINT NOT NULL
+            )""",
+        ),
+    ),
 )
 """Step n of the schema stands at n - 1."""
 
