@@ -47,6 +47,7 @@ from gateway.api.links import Links, OpenLinks, link_routes
 from gateway.api.models import model_routes
 from gateway.api.render import Renderer, route_facts
 from gateway.api.tasks import task_routes
+from gateway.api.upstreams import Explain, explain_routes, upstream_routes
 from gateway.api.webhooks import webhook_admin_routes, webhook_routes
 from gateway.books import (
     Books,
@@ -78,6 +79,7 @@ from gateway.flows.recovery import Recovery
 from gateway.flows.replay import Replay
 from gateway.flows.results import RESULT_KEPT_MS, Results
 from gateway.flows.tasks import ManageTasks, ReadTask
+from gateway.flows.upstreams import Upstreams
 from gateway.flows.webhooks import DeliverWebhooks
 from gateway.ports import Clock, Fetcher, Sender, TaskRecord, Tunable
 from gateway.settings import Settings, load_settings
@@ -94,6 +96,7 @@ EXPIRE_EVERY_S = 900.0
 AUDIT_EVERY_S = 3600.0
 TRIM_EVERY_S = 2.0
 WEBHOOKS_EVERY_S = 1.0
+DRAINS_EVERY_S = 1.0
 CONNECTIONS_SPARE = 1.1
 WORKING_MAX_TASKS = 512
 TASK_KEPT_MS = 30 * 24 * 3600 * 1000
@@ -122,6 +125,7 @@ class Gateway:
     wire: Wire
     log: LogListener
     audit: Callable[[], Awaitable[None]]
+    upstreams: Upstreams
 
     async def close(self, *, at_once: bool = False) -> None:
         """Let work end, unless ``at_once``; then give connections back."""
@@ -211,11 +215,20 @@ def build_gateway(
     uploads = DiskBlobs(books.data_dir.uploads)
     spools = SpoolFolder(books.data_dir.spool)
     results = Results(blobs, clock)
+    upstreams = Upstreams(
+        catalogue, books.drains, board, clock, events, lambda: _today(clock)
+    )
     generate = Generate(
         catalogue=catalogue,
         store=books.tasks,
         dispatcher=Dispatcher(
-            providers, board, books.tasks, clock, events, log.on_crash
+            providers,
+            board,
+            books.tasks,
+            clock,
+            events,
+            log.on_crash,
+            drained=upstreams.drained,
         ),
         results=results,
         ledger=books.ledger,
@@ -312,6 +325,11 @@ def build_gateway(
             *webhook_routes(authenticate, books.webhooks, clock),
             *webhook_admin_routes(gate, books.webhooks),
             *admin_routes(gate, _sandboxes(providers)),
+            *upstream_routes(gate, upstreams),
+            *explain_routes(
+                gate,
+                Explain(catalogue, books.accounts, upstreams, generate.check_route),
+            ),
             *health_routes(
                 {"database": _database_check(books), "disk": books.data_dir.trouble},
                 metrics.render,
@@ -330,6 +348,7 @@ def build_gateway(
                 "overdue tasks": (SWEEP_EVERY_S, recovery.overdue),
                 "expired uploads": (EXPIRE_EVERY_S, files.expire),
                 "webhooks": (WEBHOOKS_EVERY_S, deliver),
+                "drained upstreams": (DRAINS_EVERY_S, upstreams.refresh),
                 **house.chores(),
             },
         ),
@@ -339,6 +358,7 @@ def build_gateway(
         wire=wire,
         log=log,
         audit=house.audit,
+        upstreams=upstreams,
     )
 
 
@@ -435,6 +455,7 @@ async def started(
         taken_over = await books.queue.reclaim()
         first = await first_run(books)
         await gateway.audit()
+        await gateway.upstreams.refresh()
         log.note(
             "started",
             recovered_tasks=recovered,

@@ -16,13 +16,14 @@ from gateway.adapters.clock import SystemChance, SystemClock
 from gateway.adapters.data_dir import DataDir, DataDirError
 from gateway.adapters.sql.accounts import SqlAccounts
 from gateway.adapters.sql.deliveries import SqlOutbox
+from gateway.adapters.sql.drains import SqlDrains
 from gateway.adapters.sql.files import SqlFiles
 from gateway.adapters.sql.ledger import SqlLedger
 from gateway.adapters.sql.migrations import SchemaTooNewError, migrate
 from gateway.adapters.sql.queue import SqlQueue
 from gateway.adapters.sql.sqlite import SqliteDatabase
 from gateway.adapters.sql.tasks import SqlTaskStore
-from gateway.core.errors import GatewayError
+from gateway.core.errors import GatewayError, upstream_not_found
 from gateway.core.money import NANO
 from gateway.core.preferences import routing_from_text
 from gateway.core.routing import Preferences
@@ -76,15 +77,30 @@ class Books:
     queue: SqlQueue
     files: SqlFiles
     outbox: SqlOutbox
+    drains: SqlDrains
     tenants: ManageTenants
     keys: ManageKeys
     webhooks: ManageWebhooks
     data_dir: DataDir
     secret: bytes
+    upstream_names: tuple[str, ...]
 
     async def audit(self) -> AuditReport:
         """Recompute every invariant from the rows."""
         return await self.ledger.audit()
+
+    async def change_upstream(self, change: str, name: str) -> None:
+        """Drain or enable an upstream; running gateways notice within a second.
+
+        Raises:
+            NotFoundError: the config has no such upstream in use.
+        """
+        if name not in self.upstream_names:
+            raise upstream_not_found(name, self.upstream_names)
+        if change == "drain":
+            await self.drains.drain(name, now_ms=SystemClock().now_ms())
+        else:
+            await self.drains.enable(name)
 
     async def cancel(self, task_id: str) -> TaskView:
         """Cancel an async task of any tenant; the running gateway notices.
@@ -162,16 +178,26 @@ async def open_books(
             queue=SqlQueue(database),
             files=SqlFiles(database),
             outbox=outbox,
+            drains=SqlDrains(database),
             tenants=ManageTenants(accounts, ledger, clock, chance),
             keys=ManageKeys(accounts, clock, chance, secret),
             webhooks=ManageWebhooks(outbox, accounts, clock, secret),
             data_dir=data_dir,
             secret=secret,
+            upstream_names=tuple(upstream.name for upstream in settings.upstreams),
         )
     except SchemaTooNewError as error:
         raise StartError(str(error)) from error
     finally:
         await database.close()
+
+
+async def drained_upstreams(settings: Settings) -> frozenset[str]:
+    """Name the upstreams that are drained; none where there is no database yet."""
+    if not DataDir(settings.storage.data_dir).database.exists():
+        return frozenset()
+    async with open_books(settings, new=False) as books:
+        return frozenset(await books.drains.drained())
 
 
 async def first_run(books: Books) -> NewKey | None:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from urllib.parse import quote
 
 import click
 
@@ -16,6 +17,7 @@ from gateway.generating import (
     EXIT_CONFIG,
     EXIT_FAILED,
     generate,
+    local_url,
     show_estimate,
 )
 
@@ -50,6 +52,15 @@ def _shared(command: Command) -> Command:
 def _listed(command: Command) -> Command:
     shown = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
     return _shared(shown(command))
+
+
+def _asks_gateway(command: Command) -> Command:
+    return click.option(
+        "--url",
+        envvar="IMAGEWAY_URL",
+        show_envvar=True,
+        help="The gateway. Default: where the config says that it listens.",
+    )(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -565,6 +576,11 @@ def routes() -> None:
 @routes.command("explain")
 @_listed
 @_request_options
+@click.option(
+    "--live", is_flag=True, help="Ask the running gateway, with the admin key."
+)
+@_asks_gateway
+@click.option("--key-id", help="With --live: as a request of this key.")
 @click.argument("task_id", required=False)
 def routes_explain(
     config: Path | None,
@@ -572,13 +588,23 @@ def routes_explain(
     *,
     as_json: bool,
     task_id: str | None,
+    live: bool,
+    url: str | None,
+    key_id: str | None,
     **options: Any,
 ) -> None:
     """Explain the route of a task, or where a request would go.
 
     With TASK_ID: the decision that was taken, and every attempt. Without: the order
-    that a fresh gateway would try, by the options.
+    that a fresh gateway would try, by the options; with --live the order of this
+    moment, and how every offer is doing.
     """
+    if live and task_id is not None:
+        _fail("--live explains a request, not a task")
+    if live:
+        settings = _settings(config, data_dir, {}, adapters=False)
+        _explain_live(settings, url, key_id, options, as_json=as_json)
+        return
     if task_id is None:
         _explain_request(_settings(config, data_dir, {}), options, as_json=as_json)
         return
@@ -623,6 +649,28 @@ def _explain_request(
     _show_route(route)
 
 
+def _explain_live(
+    settings: Settings,
+    url: str | None,
+    key_id: str | None,
+    options: dict[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    body = options["body"] or json.dumps(_request_body(options))
+    path = "/admin/v1/routes/explain"
+    if key_id is not None:
+        path += f"?key_id={quote(key_id, safe='')}"
+    answer = _admin(settings, url, "POST", path, body)
+    if as_json:
+        click.echo(answer)
+        return
+    explained = json.loads(answer, parse_float=str)
+    _show_route(explained["route"])
+    if explained["refusal"] is not None:
+        click.echo(f"  refused: {explained['refusal']['message']}")
+
+
 def _show_route(route: list[dict[str, Any]]) -> None:
     for place, candidate in enumerate(route, 1):
         cost = f"${candidate['cost_usd']}" if candidate["cost_usd"] else "unknown cost"
@@ -630,6 +678,146 @@ def _show_route(route: list[dict[str, Any]]) -> None:
         click.echo(
             f"  {candidate['offer']:<40} {cost:<16} {candidate['breaker']:<10} {why}"
         )
+
+
+@main.group()
+def upstreams() -> None:
+    """Accounts at providers: how they are doing, and taking them out of service."""
+
+
+@upstreams.command("list")
+@_listed
+@_asks_gateway
+def upstreams_list(
+    config: Path | None, data_dir: Path | None, *, as_json: bool, url: str | None
+) -> None:
+    """List upstreams as the running gateway sees them, else as the config has them."""
+    from gateway.remote import AwayError
+
+    settings = _settings(config, data_dir, {}, adapters=False)
+    try:
+        found = json.loads(_asked(settings, url, "GET", "/admin/v1/upstreams"))["data"]
+    except (AwayError, _NoAdminKeyError) as error:
+        if url is not None:
+            _fail(str(error))
+        click.echo(f"imageway: {error}; this is what the config says", err=True)
+        _show_rows(_configured_upstreams(settings), as_json=as_json)
+        return
+    if as_json:
+        _print_json(found)
+        return
+    for upstream in found:
+        _show_upstream(upstream)
+
+
+@upstreams.command("drain")
+@_listed
+@_asks_gateway
+@click.argument("name")
+def upstreams_drain(
+    config: Path | None,
+    data_dir: Path | None,
+    *,
+    as_json: bool,
+    url: str | None,
+    name: str,
+) -> None:
+    """Let nothing new go to an upstream; what runs there ends by itself."""
+    settings = _settings(config, data_dir, {}, adapters=False)
+    _change_upstream(settings, url, "drain", name, as_json=as_json)
+
+
+@upstreams.command("enable")
+@_listed
+@_asks_gateway
+@click.argument("name")
+def upstreams_enable(
+    config: Path | None,
+    data_dir: Path | None,
+    *,
+    as_json: bool,
+    url: str | None,
+    name: str,
+) -> None:
+    """Let new calls go to an upstream again."""
+    settings = _settings(config, data_dir, {}, adapters=False)
+    _change_upstream(settings, url, "enable", name, as_json=as_json)
+
+
+@upstreams.command("reset")
+@_listed
+@_asks_gateway
+@click.argument("name")
+def upstreams_reset(
+    config: Path | None,
+    data_dir: Path | None,
+    *,
+    as_json: bool,
+    url: str | None,
+    name: str,
+) -> None:
+    """Close the breakers of an upstream in the running gateway."""
+    settings = _settings(config, data_dir, {}, adapters=False)
+    path = f"/admin/v1/upstreams/{quote(name, safe='')}/reset"
+    done = json.loads(_admin(settings, url, "POST", path))
+    if as_json:
+        _print_json(done)
+        return
+    _show_upstream(done)
+
+
+def _change_upstream(
+    settings: Settings, url: str | None, change: str, name: str, *, as_json: bool
+) -> None:
+    # In the store: it counts for every gateway on it within a second, and after a
+    # restart. Only a gateway elsewhere has to be asked.
+    if url is not None:
+        path = f"/admin/v1/upstreams/{quote(name, safe='')}/{change}"
+        _admin(settings, url, "POST", path)
+    else:
+        _with_settings(settings, lambda books: books.change_upstream(change, name))
+    state = "drained" if change == "drain" else "in use"
+    _show({"upstream": name, "state": state}, f"{name} is {state}", as_json=as_json)
+
+
+def _configured_upstreams(settings: Settings) -> list[dict[str, str]]:
+    from gateway.books import drained_upstreams
+
+    with _one_line_errors():
+        drained = asyncio.run(drained_upstreams(settings))
+    rows = [
+        {
+            "upstream": upstream.name,
+            "state": "drained" if upstream.name in drained else "in use",
+            "reason": "",
+        }
+        for upstream in settings.upstreams
+    ]
+    return rows + [
+        {"upstream": left.upstream, "state": "left out", "reason": left.reason}
+        for left in settings.left_out
+    ]
+
+
+def _show_upstream(upstream: dict[str, Any]) -> None:
+    slots = upstream["slots"]
+    state = "drained" if upstream["drained"] else upstream["credential"]["state"]
+    click.echo(
+        f"{upstream['upstream']}  {state}  {slots['used']}/{slots['limit']} slots"
+    )
+    for offer in upstream["offers"]:
+        seen, last = offer["window"], offer["last_failure"]
+        parts = [f"{seen['good']} good, {seen['bad']} bad, {seen['slow']} slow"]
+        if offer["reason"]:
+            parts.append(offer["reason"])
+        if offer["next_probe_in_ms"] is not None:
+            parts.append(f"next probe in {offer['next_probe_in_ms']} ms")
+        if offer["pause_ends_in_ms"] is not None:
+            parts.append(f"rests for {offer['pause_ends_in_ms']} ms")
+        if last is not None:
+            parts.append(f"last failure {last['kind']}")
+        name = f"{offer['offer']} {offer['operation']}"
+        click.echo(f"  {name:<48} {offer['state']:<10} {'; '.join(parts)}")
 
 
 @main.command()
@@ -676,6 +864,36 @@ def healthcheck(url: str) -> None:
 # --- shared by the commands ---
 
 
+class _NoAdminKeyError(Exception):
+    """The gateway cannot be asked: there is no admin key to ask with."""
+
+
+def _admin(
+    settings: Settings, url: str | None, method: str, path: str, body: str | None = None
+) -> str:
+    from gateway.remote import AwayError
+
+    try:
+        return _asked(settings, url, method, path, body)
+    except (AwayError, _NoAdminKeyError) as error:
+        _fail(str(error))
+
+
+def _asked(
+    settings: Settings, url: str | None, method: str, path: str, body: str | None = None
+) -> str:
+    from gateway.remote import RefusedError, opened
+
+    key = settings.server.admin_key
+    if key is None:
+        raise _NoAdminKeyError("there is no admin key (server.admin_key)")
+    try:
+        with opened((url or local_url(settings.server)).rstrip("/"), key) as client:
+            return client.admin(method, path, body)
+    except RefusedError as error:
+        _fail(str(error))
+
+
 def _settings(
     config: Path | None,
     data_dir: Path | None,
@@ -709,7 +927,12 @@ def _with_books(
     *,
     new: bool = False,
 ) -> T:
-    settings = _settings(config, data_dir, {}, adapters=False)
+    return _with_settings(_settings(config, data_dir, {}, adapters=False), run, new=new)
+
+
+def _with_settings(
+    settings: Settings, run: Callable[[Books], Awaitable[T]], *, new: bool = False
+) -> T:
     from gateway.books import open_books
 
     async def opened() -> T:

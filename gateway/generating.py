@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Tell,
         Waited,
     )
+    from gateway.settings import Server
 
 EXIT_FAILED = 1
 EXIT_AWAY = 3
@@ -247,6 +248,11 @@ def _configured_url(config: Path | None) -> str:
         for problem in error.problems:
             click.echo(f"imageway: {problem}", err=True)
         sys.exit(EXIT_CONFIG)
+    return local_url(server)
+
+
+def local_url(server: Server) -> str:
+    """Tell where a gateway on this machine listens, by its config."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)  # noqa: S104
     shown = f"[{host}]" if ":" in host else host
     return f"http://{shown}:{server.port}"

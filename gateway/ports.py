@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from gateway.core.breaker import Health, Outcome
+from gateway.core.breaker import BreakerState, Health, Outcome, Window
 from gateway.core.events import Event
 from gateway.core.ledger import Balance, Settled
 from gateway.core.limits import RiskBook
@@ -14,7 +14,14 @@ from gateway.core.pricing import CostSource
 from gateway.core.routing import NO_PREFERENCES, Preferences
 from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
 from gateway.core.webhooks import Answer, Delivery, SigningKey
-from providers.kit.contract import Billed, MadeImage, Operation, Payload, Usage
+from providers.kit.contract import (
+    Billed,
+    FailureKind,
+    MadeImage,
+    Operation,
+    Payload,
+    Usage,
+)
 
 # --- records: what the store keeps, as the flows see it ---
 
@@ -697,6 +704,84 @@ class HealthBoard(Protocol):
 
         True promises nothing: whoever waited looks again.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LastFailure:
+    """The last call that failed: how, and when (since the epoch)."""
+
+    kind: FailureKind
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class RouteView:
+    """An offer and operation as the board sees it at this moment.
+
+    ``probe_in_ms`` is how long until a call may find out whether it is well again, 0
+    when one may now; None while its breaker is closed. ``oldest_ms`` is the age of the
+    oldest call under way.
+    """
+
+    offer_id: str
+    operation: Operation
+    health: Health
+    window: Window
+    bad_streak: int
+    in_flight: int
+    oldest_ms: int | None
+    probe_in_ms: int | None
+    pause_ends_in_ms: int | None
+    last_failure: LastFailure | None
+
+
+@dataclass(frozen=True, slots=True)
+class AccountView:
+    """An upstream's credential, and how many calls it may carry at once.
+
+    ``slots`` is what it may carry now, ``slots_max`` what the operator allows.
+    """
+
+    state: BreakerState
+    reason: str
+    probe_in_ms: int | None
+    in_flight: int
+    slots: int
+    slots_max: int
+    routes: tuple[RouteView, ...]
+
+
+class Watch(Protocol):
+    """What an operator sees of the health board, and may do to it."""
+
+    async def look(
+        self, upstream: str, offers: Iterable[tuple[str, Operation]]
+    ) -> AccountView:
+        """Tell how an upstream and its offers (by id and operation) are doing."""
+        ...
+
+    async def reset(self, upstream: str) -> None:
+        """Close the breakers of an upstream, and end its pauses.
+
+        Traffic comes back in steps. What was learned of times and costs stays.
+        """
+        ...
+
+
+class Drains(Protocol):
+    """Upstreams to which an operator lets nothing new go; kept over restarts."""
+
+    async def drained(self) -> Mapping[str, int]:
+        """Read them, with the time since when, in milliseconds since the epoch."""
+        ...
+
+    async def drain(self, upstream: str, *, now_ms: int) -> None:
+        """Add one; one that is there keeps its time."""
+        ...
+
+    async def enable(self, upstream: str) -> None:
+        """Take one away; one that is not there is no error."""
         ...
 
 

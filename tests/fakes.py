@@ -9,6 +9,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Iterator,
+    Mapping,
     Sequence,
 )
 from dataclasses import dataclass, field, replace
@@ -381,6 +382,22 @@ def _forgotten(end: TaskEnd, attempt: AttemptRecord) -> AttemptEnd:
         cost_source="estimate",
         kind="timeout",
     )
+
+
+@dataclass
+class MemoryDrains:
+    """``Drains`` in a dictionary."""
+
+    kept: dict[str, int] = field(default_factory=dict)
+
+    async def drained(self) -> Mapping[str, int]:
+        return dict(self.kept)
+
+    async def drain(self, upstream: str, *, now_ms: int) -> None:
+        self.kept.setdefault(upstream, now_ms)
+
+    async def enable(self, upstream: str) -> None:
+        self.kept.pop(upstream, None)
 
 
 @dataclass

@@ -111,6 +111,13 @@ class GatewayClient:
         """Price a request body; returns the gateway's JSON as it came."""
         return self._ask("POST", "/v1/estimate", json=body).text
 
+    def admin(self, method: str, path: str, body: str | None = None) -> str:
+        """Ask an admin route with a JSON body; returns its JSON object as it came."""
+        headers = {"content-type": "application/json"}
+        answer = self._ask(method, path, content=body, headers=headers)
+        self._object(answer)
+        return answer.text
+
     def submit(self, body: Mapping[str, object], idempotency_key: str) -> RemoteTask:
         """Make a task; with an equal body and key any number of times, but one task."""
         headers = {"prefer": "respond-async", "idempotency-key": idempotency_key}

@@ -11,7 +11,15 @@ from gateway.core import breaker
 from gateway.core.breaker import BreakerState, Effect, Flight, Health, Outcome, Record
 from gateway.core.events import BreakerChanged
 from gateway.core.ratios import believed
-from gateway.ports import Chance, Clock, Events, Permit
+from gateway.ports import (
+    AccountView,
+    Chance,
+    Clock,
+    Events,
+    LastFailure,
+    Permit,
+    RouteView,
+)
 from providers.kit.contract import FailureKind, Operation
 
 WAITING_MAX_CALLS = 1_000
@@ -41,7 +49,10 @@ class _Route:
 
 @dataclass(slots=True)
 class MemoryBoard:
-    """Implements ``HealthBoard``. ``slots`` gives each upstream's calls at once."""
+    """Implements ``HealthBoard`` and ``Watch``.
+
+    ``slots`` gives each upstream's calls at once.
+    """
 
     clock: Clock
     chance: Chance
@@ -51,6 +62,9 @@ class MemoryBoard:
     _credentials: dict[str, _Credential] = field(default_factory=dict)
     _waiting: dict[asyncio.Future[None], frozenset[str]] = field(default_factory=dict)
     _next_id: int = 0
+    _last_failures: dict[tuple[str, Operation], LastFailure] = field(
+        default_factory=dict
+    )
 
     async def read(
         self, offer_ids: Iterable[str], operation: Operation
@@ -81,6 +95,10 @@ class MemoryBoard:
 
     async def report(self, permit: Permit, outcome: Outcome) -> None:
         """Give the slot back, note how the call went, and let the next one in."""
+        if outcome.kind is not None and not outcome.cancelled:
+            self._last_failures[permit.offer_id, permit.operation] = LastFailure(
+                outcome.kind, self.clock.now_ms()
+            )
         route = self._route(permit.offer_id, permit.operation)
         credential = self._credential(permit.offer_id)
         flight = route.flights.pop(permit.id)
@@ -116,6 +134,52 @@ class MemoryBoard:
             finally:
                 self._waiting.pop(turn, None)
         return True
+
+    async def look(
+        self, upstream: str, offers: Iterable[tuple[str, Operation]]
+    ) -> AccountView:
+        """Tell how an upstream and its offers are doing."""
+        routes = [await self._looked_at(*offer) for offer in offers]
+        credential, now_ms = self._credential(upstream), self.clock.monotonic_ms()
+        state = breaker.state_of(credential.record, now_ms)
+        return AccountView(
+            state=state,
+            reason=credential.record.reason,
+            probe_in_ms=_probe_in_ms(state, credential.record.open_until_ms, now_ms),
+            in_flight=credential.in_flight,
+            slots=int(credential.slots),
+            slots_max=credential.slots_max,
+            routes=tuple(routes),
+        )
+
+    async def reset(self, upstream: str) -> None:
+        """Close the breakers of an upstream, and end its pauses."""
+        now_ms = self.clock.monotonic_ms()
+        self._credential(upstream).record = Record()
+        routes = [r for r in self._routes.items() if r[0][0].startswith(f"{upstream}/")]
+        for (offer_id, operation), route in routes:
+            route.record = breaker.closed_by_hand(route.record, now_ms)
+            await self.read([offer_id], operation)  # tells of the change
+        self._wake_one(upstream)
+
+    async def _looked_at(self, offer_id: str, operation: Operation) -> RouteView:
+        health = (await self.read([offer_id], operation))[offer_id]
+        route, now_ms = self._route(offer_id, operation), self.clock.monotonic_ms()
+        flights, record = route.flights.values(), route.record
+        rest_ms = record.paused_until_ms - now_ms
+        started_ms = min((flight.started_ms for flight in flights), default=None)
+        return RouteView(
+            offer_id=offer_id,
+            operation=operation,
+            health=health,
+            window=breaker.window_of(record, flights, now_ms),
+            bad_streak=record.bad_streak,
+            in_flight=len(flights),
+            oldest_ms=None if started_ms is None else now_ms - started_ms,
+            probe_in_ms=_probe_in_ms(health.state, health.retry_at_ms, now_ms),
+            pause_ends_in_ms=rest_ms if rest_ms > 0 else None,
+            last_failure=self._last_failures.get((offer_id, operation)),
+        )
 
     def _wake_one(self, upstream: str) -> None:
         # The one that waits longest for this upstream.
@@ -194,6 +258,14 @@ def _slots_free(credential: _Credential, route: _Route, now_ms: int) -> int:
     if returning is not None:
         free = min(free, returning - len(route.flights))
     return max(0, free)
+
+
+def _probe_in_ms(
+    state: BreakerState, open_until_ms: int | None, now_ms: int
+) -> int | None:
+    if state in {BreakerState.CLOSED, BreakerState.PAUSED}:
+        return None
+    return max(0, (open_until_ms or now_ms) - now_ms)
 
 
 def _retry_at_ms(state: BreakerState, record: Record) -> int | None:

@@ -21,6 +21,7 @@ from gateway.core.events import (
     HoldRefused,
     RequestFinished,
     TaskFinished,
+    UpstreamChanged,
     WebhookTried,
 )
 
@@ -35,6 +36,7 @@ _NAMES = {
     AttemptFinished: "attempt",
     TaskFinished: "task",
     BreakerChanged: "breaker",
+    UpstreamChanged: "upstream",
     HoldRefused: "hold_refused",
     WebhookTried: "webhook",
 }

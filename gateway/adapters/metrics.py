@@ -25,6 +25,7 @@ from gateway.core.events import (
     HoldRefused,
     RequestFinished,
     TaskFinished,
+    UpstreamChanged,
     WebhookTried,
 )
 
@@ -94,6 +95,13 @@ class Metrics:
         )
         self._state: Callable[..., Gauge] = cache(state.labels)
         self._opened = counter("breaker_openings", "Breakers opened.", "offer")
+        drained = Gauge(
+            "imageway_upstream_drained",
+            "1 while an operator lets nothing new go there.",
+            ("upstream",),
+            registry=self.registry,
+        )
+        self._drained: Callable[..., Gauge] = cache(drained.labels)
         self.drift = Gauge(
             "imageway_ledger_drift_nanocredits",
             "Sum of all drift that the last audit found; must be 0.",
@@ -113,6 +121,7 @@ class Metrics:
         """Show every offer and variant from the start, at zero."""
         for offer_id in offer_ids:
             self._show_state(offer_id, "closed")
+            self._drained(offer_id.partition("/")[0])
         for variant in variants:
             self._saved(variant)
             self._images(variant)
@@ -127,9 +136,9 @@ class Metrics:
             case TaskFinished():
                 self._on_task(event)
             case BreakerChanged():
-                self._show_state(event.offer_id, event.state)
-                if event.state == "open":
-                    self._opened(event.offer_id).inc()
+                self._on_breaker(event)
+            case UpstreamChanged():
+                self._on_upstream(event)
             case HoldRefused():
                 self._refused(event.variant).inc()
             case WebhookTried():
@@ -138,6 +147,15 @@ class Metrics:
     def render(self) -> tuple[bytes, str]:
         """Write all metrics in Prometheus' text format; with its media type."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
+
+    def _on_breaker(self, event: BreakerChanged) -> None:
+        self._show_state(event.offer_id, event.state)
+        if event.state == "open":
+            self._opened(event.offer_id).inc()
+
+    def _on_upstream(self, event: UpstreamChanged) -> None:
+        if event.change != "reset":
+            self._drained(event.upstream).set(event.change == "drained")
 
     def _on_request(self, event: RequestFinished) -> None:
         method = event.method if event.method in METHODS else "other"

@@ -269,6 +269,27 @@ def after_call(
     return record
 
 
+def closed_by_hand(record: Record, now_ms: int) -> Record:
+    """Close it whatever was seen, and end its pause; traffic returns in steps.
+
+    What is under way from before counts no more. One that was closed stays as it is.
+    """
+    if state_of(record, now_ms) is BreakerState.CLOSED:
+        return record
+    was_open = record.open_until_ms is not None
+    return replace(
+        record,
+        buckets=(),
+        bad_streak=0,
+        open_until_ms=None,
+        openings=0,
+        probes_good=0,
+        closed_at_ms=now_ms if was_open else record.closed_at_ms,
+        paused_until_ms=0,
+        reason="",
+    )
+
+
 def reentry_slots(record: Record, now_ms: int) -> int | None:
     """How many calls at once a returning offer may take; None once it is back."""
     if record.closed_at_ms is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from gateway.core.money import decimal_text
 
@@ -118,6 +118,15 @@ class NotFoundError(GatewayError):
     status = 404
     type = "invalid_request_error"
     code = "not_found"
+
+
+def upstream_not_found(name: str, known: Iterable[str]) -> NotFoundError:
+    """Say that there is no such upstream, and which there are: to operators only."""
+    return NotFoundError(
+        f"There is no upstream {name[:64]!a}. There are: "
+        f"{', '.join(sorted(known)) or 'none'}.",
+        code="upstream_not_found",
+    )
 
 
 class ConflictError(GatewayError):

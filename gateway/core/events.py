@@ -75,6 +75,14 @@ class BreakerChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class UpstreamChanged:
+    """An operator changed an upstream: it was drained, enabled or reset."""
+
+    upstream: str
+    change: str
+
+
+@dataclass(frozen=True, slots=True)
 class HoldRefused:
     """A request was turned away for want of credits."""
 
@@ -104,6 +112,7 @@ Event = (
     | AttemptFinished
     | TaskFinished
     | BreakerChanged
+    | UpstreamChanged
     | HoldRefused
     | WebhookTried
 )

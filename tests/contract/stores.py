@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from gateway.adapters.sql.accounts import SqlAccounts
 from gateway.adapters.sql.database import Database, Operation, Row, T, Transaction
+from gateway.adapters.sql.drains import SqlDrains
 from gateway.adapters.sql.ledger import SqlLedger
 from gateway.adapters.sql.migrations import migrate
 from gateway.adapters.sql.queue import SqlQueue
@@ -72,7 +73,7 @@ BACKENDS: dict[str, Callable[[Path], Backend]] = {"sqlite": Sqlite}
 
 @dataclass(slots=True)
 class Stores:
-    """The three stores over one database."""
+    """The stores over one database."""
 
     backend: Backend
     database: Database
@@ -92,6 +93,10 @@ class Stores:
     @property
     def accounts(self) -> SqlAccounts:
         return SqlAccounts(self.database)
+
+    @property
+    def drains(self) -> SqlDrains:
+        return SqlDrains(self.database)
 
     async def reopen(self) -> None:
         """Close the database and open it again, as a restart does."""
