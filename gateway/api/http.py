@@ -27,6 +27,8 @@ BODY_MAX_S = 60.0
 STALLED_MAX_S = 60.0
 """A reader that takes nothing for so long is given up."""
 NOTE = "imageway"
+EXPONENT_MAX = 307
+"""Of numbers in JSON: all below 1e308 fit into a double."""
 
 AnyRequest: TypeAlias = Request[Any, Any, Any]
 """Litestar's request, whose user, auth and state are not used here."""
@@ -153,10 +155,14 @@ def decode_json(body: bytes, *, exact: bool = False) -> object:
 
 
 def _decimal(text: str) -> Decimal:
+    # Within what other decoders take: 1e999 is no number to most of them.
     try:
-        return Decimal(text)
+        number = Decimal(text)
     except InvalidOperation:
-        raise ValueError("a number is out of range") from None
+        number = Decimal("Infinity")
+    if not number.is_finite() or number.adjusted() > EXPONENT_MAX:
+        raise ValueError("a number is out of range")
+    return number
 
 
 _PLAIN = msgspec.json.Decoder[object]()

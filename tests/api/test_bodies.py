@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 from collections.abc import Sequence
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from litestar.types import HTTPReceiveMessage, Receive
 
 from gateway.api import lifting
 from gateway.api.forms import FormLimits, boundary_of, read_form
-from gateway.api.http import JSON_BODY_MAX_BYTES, read_body
+from gateway.api.http import JSON_BODY_MAX_BYTES, decode_json, read_body
 from gateway.api.lifting import read_lifted
 from gateway.core.errors import GatewayError, InvalidRequestError, TooLargeError
 from providers.kit.spool import SpoolFolder
@@ -309,3 +310,17 @@ def test_the_boundary_is_found_in_the_content_type(
     content_type: str | None, boundary: str | None
 ) -> None:
     assert boundary_of(content_type) == boundary
+
+
+def test_an_exact_body_keeps_every_place_of_a_number() -> None:
+    body = decode_json(b'{"a": 0.1, "b": 12345678901234567890.123456789}', exact=True)
+
+    assert body == {"a": Decimal("0.1"), "b": Decimal("12345678901234567890.123456789")}
+
+
+@pytest.mark.parametrize("number", [b"1e999", b"-1e308", b"1e99999999999999999999"])
+def test_a_number_that_is_out_of_range_is_no_json(number: bytes) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        decode_json(b'{"n": %s}' % number, exact=True)
+
+    assert caught.value.code == "invalid_json"
