@@ -13,7 +13,7 @@ from gateway.core.limits import RiskBook
 from gateway.core.pricing import CostSource
 from gateway.core.routing import NO_PREFERENCES, Preferences
 from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
-from gateway.core.webhooks import Answer, Delivery, SigningKey
+from gateway.core.webhooks import Answer, Delivery, Places, SigningKey
 from providers.kit.contract import (
     Billed,
     FailureKind,
@@ -82,7 +82,7 @@ class Earlier:
     """How to look for a task that a request repeats: by key, or by fingerprint.
 
     Without an ``idempotency_key``, the last task of the same API key with the same
-    fingerprint since ``since_ms`` is looked for.
+    fingerprint is looked for that is not over, or was not yet at ``since_ms``.
     """
 
     tenant_id: str
@@ -275,6 +275,7 @@ class TaskLine:
     results: int
     has_error: bool
     charged_nanocredits: int | None
+    task_class: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,8 +346,9 @@ class Outbox(Protocol):
     ) -> Sequence[Delivery]:
         """Take deliveries that are due, for ``lease_ms``; nobody else gets them.
 
-        The longest due come first, but no host gets more than its places: one with
-        many that are due stands in nobody's way.
+        The tenant with the fewest under way comes first, and of its own the longest
+        due; but nobody gets more than ``places``: who has many that are due, or
+        receivers that hang, stands in nobody's way.
         """
         ...
 
@@ -371,14 +373,6 @@ class Outbox(Protocol):
     async def redeliver(self, delivery_id: str, *, now_ms: int) -> bool:
         """Make a delivery due now, with all its tries; False if there is none."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """How many deliveries may be taken per host: ``each``, less those ``taken``."""
-
-    each: int
-    taken: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,7 +404,11 @@ class SigningKeys(Protocol):
     async def rotate_signing_key(
         self, key_id: str, *, now_ms: int
     ) -> SigningKey | None:
-        """Start the next version; None if there is no such key."""
+        """Start the next version; None if there is no such key.
+
+        Raises:
+            RotatedTooOftenError: as many secrets sign already as may at once.
+        """
         ...
 
 

@@ -24,7 +24,12 @@ from gateway.adapters.outbound import (
     location,
 )
 from gateway.core.addresses import CheckedUrl, ForbiddenUrlError
-from gateway.core.webhooks import Answer, CallbackRules, callback_url
+from gateway.core.webhooks import (
+    RETRY_AFTER_MAX_S,
+    Answer,
+    CallbackRules,
+    callback_url,
+)
 from gateway.ports import Clock, Post
 from providers.kit.wire import retry_after_s
 
@@ -127,5 +132,5 @@ def _answer(response: httpcore.Response) -> Answer:
     return Answer(
         response.status,
         None if accepted else f"The receiver answered with status {response.status}.",
-        retry_after_s(headers),
+        retry_after_s(headers, at_most_s=RETRY_AFTER_MAX_S),
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heapify, heappop, heappush
 from ipaddress import ip_address
 
 from gateway.core.addresses import (
@@ -17,7 +19,7 @@ from gateway.core.addresses import (
     checked_url,
     may_reach,
 )
-from gateway.core.errors import InvalidRequestError
+from gateway.core.errors import InvalidRequestError, RateLimitedError
 
 CALLBACK_URL_MAX_CHARS = 2_048
 TRIES_AFTER_S = (5, 60, 600)
@@ -26,7 +28,9 @@ JITTER_PERCENT = 20
 RETRY_AFTER_MAX_S = 3_600
 SECRET_PREFIX = "whsec_"  # noqa: S105 - how a secret starts is none
 ROTATION_OVERLAP_MS = 24 * 3_600_000
-"""So long both secrets sign after a rotation, for receivers that still know the old."""
+"""So long a secret still signs after a rotation, for receivers that know no other."""
+SECRETS_MAX = 5
+"""As many sign one webhook: each adds 48 characters to its header."""
 GONE = 410
 ASK_TO_WAIT = frozenset({429, 503})
 
@@ -85,7 +89,80 @@ class SigningKey:
     key_id: str
     tenant_id: str
     version: int
-    rotated_ms: int | None = None
+    rotated_ms: tuple[int, ...] = ()
+    """When the last versions began, the newest first; version 1 began with the key."""
+
+
+class RotatedTooOftenError(RateLimitedError):
+    """A secret cannot be rotated again before an older one has stopped to sign."""
+
+    code = "secret_rotated_too_often"
+    client_may_retry = False
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A delivery that may be sent now."""
+
+    id: str
+    host: str
+    tenant_id: str
+    next_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """How many deliveries may be sent at once, and what is under way already.
+
+    Fields:
+        each: to one host.
+        tenant_each: of one tenant.
+        taken: under way, per host.
+        tenant_taken: under way, per tenant.
+        failing: hosts whose last answer was a failure.
+        failing_left: how many more may be sent to these, together.
+    """
+
+    each: int
+    tenant_each: int
+    taken: Mapping[str, int] = field(default_factory=dict)
+    tenant_taken: Mapping[str, int] = field(default_factory=dict)
+    failing: frozenset[str] = frozenset()
+    failing_left: int = 0
+
+
+def chosen(due: Iterable[Due], limit: int, places: Places) -> list[str]:
+    """Choose what to send next, at most ``limit``; returns ids.
+
+    The tenant with the fewest under way has the next turn, and of its own the longest
+    due goes first that has a place.
+    """
+    queues: dict[str, deque[Due]] = {}
+    for each in sorted(due, key=lambda each: (each.next_ms, each.id)):
+        queues.setdefault(each.tenant_id, deque()).append(each)
+    hosts, tenants = Counter(places.taken), Counter(places.tenant_taken)
+    failing_left = places.failing_left
+    turns = [(tenants[name], queue[0].next_ms, name) for name, queue in queues.items()]
+    heapify(turns)
+    ids: list[str] = []
+    while turns and len(ids) < limit:
+        *_, tenant = heappop(turns)
+        if tenants[tenant] >= places.tenant_each:
+            continue
+        queue = queues[tenant]
+        while queue:
+            each = queue.popleft()
+            failing = each.host in places.failing
+            if hosts[each.host] >= places.each or (failing and failing_left <= 0):
+                continue
+            ids.append(each.id)
+            hosts[each.host] += 1
+            tenants[tenant] += 1
+            failing_left -= failing
+            break
+        if queue:
+            heappush(turns, (tenants[tenant], queue[0].next_ms, tenant))
+    return ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,11 +243,37 @@ def secret_for(pepper: bytes, key_id: str, version: int) -> str:
 
 
 def secrets_at(pepper: bytes, key: SigningKey, now_ms: int) -> tuple[str, ...]:
-    """Return what to sign with at a time: the newest first, the old while it counts."""
-    newest = secret_for(pepper, key.key_id, key.version)
-    if key.rotated_ms is None or now_ms >= key.rotated_ms + ROTATION_OVERLAP_MS:
-        return (newest,)
-    return (newest, secret_for(pepper, key.key_id, key.version - 1))
+    """Return what to sign with at a time, the newest first.
+
+    Each that was current within the last ``ROTATION_OVERLAP_MS``: a receiver has that
+    long to learn the next one, however often a secret is rotated meanwhile.
+    """
+    older = [
+        key.version - back
+        for back, at_ms in enumerate(key.rotated_ms, start=1)
+        if now_ms < at_ms + ROTATION_OVERLAP_MS  # it was current until then
+    ]
+    versions = (key.version, *older)
+    return tuple(secret_for(pepper, key.key_id, version) for version in versions)
+
+
+def check_rotation(key: SigningKey, now_ms: int) -> None:
+    """Let a key have another secret, unless too many sign already.
+
+    Raises:
+        RotatedTooOftenError: ``SECRETS_MAX`` secrets sign.
+    """
+    ends_ms = [at_ms + ROTATION_OVERLAP_MS for at_ms in key.rotated_ms]
+    counting_ms = [end_ms for end_ms in ends_ms if now_ms < end_ms]
+    if 1 + len(counting_ms) < SECRETS_MAX:
+        return
+    left_ms = min(counting_ms) - now_ms
+    raise RotatedTooOftenError(
+        f"{SECRETS_MAX} secrets of this key sign already: each does so for 24 hours "
+        "after the next one was made. Rotate again after the time in Retry-After; if "
+        "a secret got out, make another API key and revoke this one.",
+        retry_after_s=max(1, -(-left_ms // 1000)),
+    )
 
 
 def after_try(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from gateway.core.errors import GatewayError, InvalidRequestError, NotFoundError
@@ -17,6 +17,7 @@ from gateway.core.webhooks import (
     TRIES_AFTER_S,
     Answer,
     Delivery,
+    Places,
     SigningKey,
     after_try,
     host_of,
@@ -28,14 +29,17 @@ from gateway.ports import (
     Clock,
     Events,
     Outbox,
-    Places,
     Post,
     Sender,
     SigningKeys,
 )
 
-AT_ONCE = 64
+AT_ONCE = 128
 AT_ONCE_PER_HOST = 4
+AT_ONCE_PER_TENANT = 64
+"""Its share: however many receivers of one tenant hang, others find places."""
+AT_ONCE_FAILING = 48
+"""To hosts whose last answer was a failure, of all tenants together."""
 FAILURES_MAX = 5
 """In a row: then the host is left alone for ``REST_MS``, and tried once after it."""
 REST_MS = 60_000
@@ -72,15 +76,24 @@ class HostBook:
         if len(self._failures) > HOSTS_KNOWN_MAX:
             self._forget(next(iter(self._failures)))
 
-    def places(self, busy: Counter[str], now_ms: int) -> Places:
-        """Tell how many more may be sent where, with ``busy`` under way."""
+    def places(self, under_way: Collection[Delivery], now_ms: int) -> Places:
+        """Tell how many more may be sent where, and for whom."""
+        busy = Counter(host_of(each.url) for each in under_way)
+        failing_busy = sum(busy[host] for host in busy if host in self._failures)
         taken = dict(busy)
         for host, failures in self._failures.items():
             if self._rests_until_ms.get(host, 0) > now_ms:
                 taken[host] = AT_ONCE_PER_HOST
             elif failures >= FAILURES_MAX:
                 taken[host] = AT_ONCE_PER_HOST - 1 + busy[host]
-        return Places(AT_ONCE_PER_HOST, taken)
+        return Places(
+            each=AT_ONCE_PER_HOST,
+            tenant_each=AT_ONCE_PER_TENANT,
+            taken=taken,
+            tenant_taken=Counter(each.tenant_id for each in under_way),
+            failing=frozenset(self._failures),
+            failing_left=AT_ONCE_FAILING - failing_busy,
+        )
 
     def _forget(self, host: str) -> None:
         self._failures.pop(host, None)
@@ -123,12 +136,12 @@ class DeliverWebhooks:
 
         Cancelled, it leaves what is under way to whoever claims it after the lease.
         """
-        sending: dict[asyncio.Task[None], str] = {}
+        sending: dict[asyncio.Task[None], Delivery] = {}
         async with asyncio.TaskGroup() as group:
             while True:
                 for delivery in await self._claim(sending):
                     work = group.create_task(self._carry_out(delivery))
-                    sending[work] = host_of(delivery.url)
+                    sending[work] = delivery
                 if not sending:
                     return
                 done, _ = await asyncio.wait(
@@ -141,7 +154,7 @@ class DeliverWebhooks:
                 await self.clock.sleep(LOOK_PAUSE_S)
 
     async def _claim(
-        self, sending: dict[asyncio.Task[None], str]
+        self, sending: dict[asyncio.Task[None], Delivery]
     ) -> Sequence[Delivery]:
         room = AT_ONCE - len(sending)
         if not room:
@@ -152,7 +165,7 @@ class DeliverWebhooks:
                 now_ms=now_ms,
                 lease_ms=LEASE_MS,
                 limit=room,
-                places=self._hosts.places(Counter(sending.values()), now_ms),
+                places=self._hosts.places(sending.values(), now_ms),
             )
         except GatewayError as error:
             # What is under way goes on; the next look may do.
@@ -274,10 +287,11 @@ class ManageWebhooks:
         return self._secret(key_id, await self.signing_keys.signing_key(key_id))
 
     async def rotate(self, key_id: str) -> str:
-        """Give a key another secret; for 24 h the one before signs too.
+        """Give a key another secret; for 24 h those before it sign too.
 
         Raises:
             NotFoundError: there is no such key.
+            RotatedTooOftenError: as many secrets sign already as may at once.
         """
         key = await self.signing_keys.rotate_signing_key(
             key_id, now_ms=self.clock.now_ms()

@@ -397,8 +397,10 @@ def scrub(text: str, secret: str) -> str:
     return _SECRETS.sub(_HIDDEN, text)[:TEXT_MAX_CHARS]
 
 
-def retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Tell how long the upstream asks us to stay away, 0 to ``RETRY_AFTER_MAX_S``.
+def retry_after_s(
+    headers: Mapping[str, str], *, at_most_s: float = RETRY_AFTER_MAX_S
+) -> float | None:
+    """Tell how long whoever answered asks us to stay away, 0 to ``at_most_s``.
 
     A date is taken relative to the answer's own Date: our clock may differ. What
     cannot be read counts as not said. ``headers`` have lower-case names.
@@ -412,7 +414,7 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
         wait_s = _seconds_between(headers.get("date"), headers.get("retry-after"))
     if wait_s is None:
         return None
-    return min(max(wait_s, 0.0), RETRY_AFTER_MAX_S)
+    return min(max(wait_s, 0.0), at_most_s)
 
 
 # What httpx, the transport and the engine below it let out. ``InvalidURL`` and plain

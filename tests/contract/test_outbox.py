@@ -10,8 +10,16 @@ from pathlib import Path
 import pytest
 
 from gateway.adapters.sql.deliveries import SqlOutbox
-from gateway.core.webhooks import Answer, Delivery, after_try
-from gateway.ports import Key, Places
+from gateway.core.webhooks import (
+    ROTATION_OVERLAP_MS,
+    SECRETS_MAX,
+    Answer,
+    Delivery,
+    Places,
+    RotatedTooOftenError,
+    after_try,
+)
+from gateway.ports import Key
 from tests.contract.stores import (
     BACKENDS,
     NOW_MS,
@@ -24,9 +32,10 @@ from tests.contract.stores import (
 )
 
 LEASE_MS = 30_000
+A, B = "a.example.com", "b.example.com"
 END_MS = NOW_MS + 3_000
 """When the tasks of these stories end."""
-ANY = Places(1_000, {})
+ANY = Places(each=1_000, tenant_each=1_000)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -165,11 +174,11 @@ async def test_a_host_with_many_stands_in_nobodys_way(
     for number in range(20):
         await a_finished_task(stores, f"task-a{number:02}", host="a.example.com")
     last = await a_finished_task(stores, "task-b", host="b.example.com")
-    some = await claim(outbox, limit=5, places=Places(4, {}))
+    some = await claim(outbox, limit=5, places=replace(ANY, each=4))
     assert [each.id for each in some][4:] == [last]
-    more = await claim(outbox, places=Places(4, {"a.example.com": 3}))
+    more = await claim(outbox, places=replace(ANY, each=4, taken={A: 3}))
     assert len(more) == 1
-    assert await claim(outbox, places=Places(4, {"a.example.com": 4})) == []
+    assert await claim(outbox, places=replace(ANY, each=4, taken={A: 4})) == []
 
 
 async def test_a_delivery_can_be_repeated_with_all_its_tries(
@@ -219,10 +228,63 @@ async def test_the_version_of_a_keys_secret_goes_up(stores: Stores) -> None:
     await stores.accounts.add_key(Key("key-1", TENANT, b"d", "iwk", "auto", NOW_MS))
     first = await stores.accounts.signing_key("key-1")
     assert first is not None
-    assert (first.version, first.rotated_ms) == (1, None)
+    assert (first.version, first.rotated_ms) == (1, ())
     await stores.accounts.rotate_signing_key("key-1", now_ms=NOW_MS + 1)
     second = await stores.accounts.signing_key("key-1")
     assert second is not None
-    assert (second.version, second.rotated_ms) == (2, NOW_MS + 1)
+    assert (second.version, second.rotated_ms) == (2, (NOW_MS + 1,))
+    third = await stores.accounts.rotate_signing_key("key-1", now_ms=NOW_MS + 2)
+    assert third == await stores.accounts.signing_key("key-1")
+    assert third is not None
+    assert (third.version, third.rotated_ms) == (3, (NOW_MS + 2, NOW_MS + 1))
     assert await stores.accounts.signing_key("key-x") is None
     assert await stores.accounts.rotate_signing_key("key-x", now_ms=NOW_MS) is None
+
+
+async def test_a_secret_is_not_rotated_before_an_older_one_stops_to_sign(
+    stores: Stores,
+) -> None:
+    await stores.accounts.add_key(Key("key-1", TENANT, b"d", "iwk", "auto", NOW_MS))
+
+    async def rotated(at_ms: int) -> int:
+        key = await stores.accounts.rotate_signing_key("key-1", now_ms=at_ms)
+        assert key is not None
+        return key.version
+
+    for number in range(1, SECRETS_MAX):
+        assert await rotated(NOW_MS + number) == number + 1
+    free_ms = NOW_MS + 1 + ROTATION_OVERLAP_MS
+    with pytest.raises(RotatedTooOftenError) as refused:
+        await rotated(free_ms - 1_500)
+    assert refused.value.retry_after_s == 2
+    kept = await stores.accounts.signing_key("key-1")
+    assert kept is not None
+    assert kept.version == SECRETS_MAX
+    assert await rotated(free_ms) == SECRETS_MAX + 1
+
+
+async def test_fifty_rotations_at_once_are_as_many_as_may_be(stores: Stores) -> None:
+    await stores.accounts.add_key(Key("key-1", TENANT, b"d", "iwk", "auto", NOW_MS))
+    told = await asyncio.gather(
+        *(
+            stores.accounts.rotate_signing_key("key-1", now_ms=NOW_MS + number)
+            for number in range(50)
+        ),
+        return_exceptions=True,
+    )
+    refused = [each for each in told if isinstance(each, RotatedTooOftenError)]
+    assert len(refused) == 50 - (SECRETS_MAX - 1)
+
+
+async def test_one_tenant_leaves_places_for_others_at_the_same_host_too(
+    stores: Stores, outbox: SqlOutbox
+) -> None:
+    await stores.fund(1_000, "t-2")
+    for number in range(20):
+        await a_finished_task(stores, f"task-a{number:02}", host=A)
+    other = a_task("task-b", tenant_id="t-2", callback_url=f"https://{A}/hook")
+    await stores.tasks.open(other)
+    await stores.tasks.finish(an_end("task-b"))
+    places = replace(ANY, each=4, tenant_each=2, taken={A: 1}, tenant_taken={TENANT: 1})
+    some = await claim(outbox, places=places)
+    assert [each.task_id for each in some] == ["task-b", "task-a00"]

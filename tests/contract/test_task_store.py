@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from gateway.adapters.sql import migrations
+from gateway.adapters.sql.accounts import SqlAccounts
 from gateway.adapters.sql.database import (
     Database,
     StoreBusyError,
@@ -39,7 +40,8 @@ from gateway.core.ledger import Balance, Settled
 from gateway.core.limits import RiskBook
 from gateway.core.money import parse_nano
 from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
-from gateway.ports import AttemptRecord, NewTask, TaskRecord
+from gateway.core.webhooks import SigningKey
+from gateway.ports import AttemptRecord, Key, NewTask, TaskRecord, Tenant
 from providers.kit.contract import Billed, Usage
 from tests.contract.stores import (
     BACKENDS,
@@ -942,6 +944,40 @@ async def test_migrations_are_applied_once(sqlite: SqliteDatabase) -> None:
     assert [tuple(row) for row in rows] == [
         (number, NOW_MS) for number in range(1, len(migrations.MIGRATIONS) + 1)
     ]
+
+
+async def test_rotations_of_before_still_count_after_an_upgrade(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that keeps every rotation takes over the one that was known."""
+    step = next(
+        number
+        for number, each in enumerate(migrations.MIGRATIONS)
+        if "webhook_rotations" in each.statements[0]
+    )
+    with monkeypatch.context() as before:
+        before.setattr(migrations, "MIGRATIONS", migrations.MIGRATIONS[:step])
+        database = await SqliteDatabase.open(tmp_path / "old.sqlite")
+        await migrate(database, now_ms=NOW_MS)
+    accounts = SqlAccounts(database)
+    await accounts.add_tenant(Tenant("t-1", "one"), now_ms=NOW_MS)
+    for name in ("key-1", "key-2"):
+        key = Key(name, "t-1", name.encode(), "iwk", "auto", NOW_MS)
+        await accounts.add_key(key)
+    await database.write(
+        lambda tx: tx.run(
+            """UPDATE keys SET webhook_version = 3, webhook_rotated_ms = $1
+            WHERE id = 'key-1'""",
+            NOW_MS,
+        )
+    )
+    await migrate(database, now_ms=NOW_MS)
+    try:
+        rotated = await accounts.signing_key("key-1")
+        assert rotated == SigningKey("key-1", "t-1", 3, (NOW_MS,))
+        assert await accounts.signing_key("key-2") == SigningKey("key-2", "t-1", 1)
+    finally:
+        await database.close()
 
 
 async def test_a_database_of_a_newer_imageway_is_left_alone(

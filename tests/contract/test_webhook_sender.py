@@ -193,9 +193,9 @@ async def test_a_redirect_is_not_followed(place: Place) -> None:
 
 
 async def test_the_wait_that_is_asked_for_is_heard(place: Place) -> None:
-    place.receiver.replies = [answering(429, "Retry-After: 77")]
+    place.receiver.replies = [answering(429, "Retry-After: 3000")]
     answer = await place.sender.send(place.post())
-    assert (answer.status, answer.retry_after_s) == (429, 77)
+    assert (answer.status, answer.retry_after_s) == (429, 3_000)
 
 
 async def test_a_hundred_megabytes_are_not_read(place: Place) -> None:

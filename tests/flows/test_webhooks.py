@@ -14,16 +14,26 @@ from gateway.core.errors import (
     NotFoundError,
     ServiceUnavailableError,
 )
-from gateway.core.webhooks import Answer, Delivery, SigningKey, host_of
+from gateway.core.webhooks import (
+    Answer,
+    Delivery,
+    Due,
+    Places,
+    SigningKey,
+    chosen,
+    host_of,
+)
 from gateway.flows.webhooks import (
     AT_ONCE,
+    AT_ONCE_FAILING,
     AT_ONCE_PER_HOST,
+    AT_ONCE_PER_TENANT,
     FAILURES_MAX,
     REST_MS,
     DeliverWebhooks,
     ManageWebhooks,
 )
-from gateway.ports import Places, Post
+from gateway.ports import Post
 from tests.fakes import FakeChance, FakeEvents
 from tests.virtual_time import LoopClock
 
@@ -38,11 +48,13 @@ class MemoryOutbox:
     leases: dict[str, int] = field(default_factory=dict)
     broken_ms: range = range(0)
 
-    def add(self, number: int, host: str, *, at_ms: int = 0) -> Delivery:
+    def add(
+        self, number: int, host: str, *, at_ms: int = 0, tenant_id: str = "t-1"
+    ) -> Delivery:
         row = Delivery(
             id=f"evt_{number:05}",
             task_id=f"task-{number}",
-            tenant_id="t-1",
+            tenant_id=tenant_id,
             key_id="key-1",
             event="task.completed",
             url=f"https://{host}/hook",
@@ -59,15 +71,16 @@ class MemoryOutbox:
     ) -> Sequence[Delivery]:
         if now_ms - LoopClock.EPOCH_MS in self.broken_ms:
             raise ServiceUnavailableError("The disk is full.")
-        taken, chosen = Counter(places.taken), list[Delivery]()
-        for row in sorted(self.rows.values(), key=lambda row: (row.next_ms, row.id)):
-            free = self.leases.get(row.id, 0) <= now_ms and row.next_ms <= now_ms
-            fits = taken[host_of(row.url)] < places.each and len(chosen) < limit
-            if row.state == "pending" and free and fits:
-                taken[host_of(row.url)] += 1
-                self.leases[row.id] = now_ms + lease_ms
-                chosen.append(row)
-        return chosen
+        due = [
+            Due(row.id, host_of(row.url), row.tenant_id, row.next_ms)
+            for row in self.rows.values()
+            if row.state == "pending"
+            and row.next_ms <= now_ms
+            and self.leases.get(row.id, 0) <= now_ms
+        ]
+        ids = chosen(due, limit, places)
+        self.leases |= dict.fromkeys(ids, now_ms + lease_ms)
+        return [self.rows[each] for each in ids]
 
     async def note(self, delivery: Delivery) -> bool:
         if self.rows[delivery.id].tries != delivery.tries - 1:
@@ -109,8 +122,8 @@ class OneKey:
     ) -> SigningKey | None:
         if key_id != self.key.key_id:
             return None
-        version = self.key.version + 1
-        self.key = replace(self.key, version=version, rotated_ms=now_ms)
+        version, rotated_ms = self.key.version + 1, (now_ms, *self.key.rotated_ms)
+        self.key = replace(self.key, version=version, rotated_ms=rotated_ms)
         return self.key
 
 
@@ -234,12 +247,59 @@ async def test_what_comes_while_others_hang_is_sent_within_a_second(
 
 
 async def test_no_more_is_under_way_than_may_be(desk: Desk) -> None:
-    for number in range(400):
-        desk.outbox.add(number, f"h{number % 40}.example.com")
+    for number in range(600):
+        tenant_id = f"t-{number % 3}"
+        desk.outbox.add(number, f"h{number % 60}.example.com", tenant_id=tenant_id)
     await desk.run_for(20)
-    assert len(desk.world.arrived) == 400
+    assert len(desk.world.arrived) == 600
     assert desk.world.most_in_all == AT_ONCE
     assert max(desk.world.most.values()) <= AT_ONCE_PER_HOST
+
+
+async def test_a_tenant_whose_receivers_all_hang_delays_no_other(desk: Desk) -> None:
+    for number in range(600):
+        host = f"dead{number % 60}.example.com"
+        desk.world.hangs.add(host)
+        desk.outbox.add(number, host, tenant_id="t-bad")
+    sent_s: dict[str, float] = {}
+
+    async def post() -> None:
+        for number in range(600, 630):
+            await asyncio.sleep(2)
+            at_s = asyncio.get_running_loop().time()
+            row = desk.outbox.add(
+                number,
+                "well.example.com",
+                at_ms=round(at_s * 1000),
+                tenant_id="t-good",
+            )
+            sent_s[row.id] = at_s
+
+    posting = asyncio.create_task(post())
+    await desk.run_for(70)
+    await posting
+    waits_s = [at - sent_s[event_id] for event_id, at in desk.world.arrived]
+    assert len(waits_s) == 30
+    assert max(waits_s) <= 2
+    assert desk.world.most_in_all <= AT_ONCE_PER_TENANT + 1
+
+
+async def test_hosts_that_failed_leave_places_for_those_that_did_not(
+    desk: Desk,
+) -> None:
+    """Of all tenants together: after a first round nobody waits for the dead."""
+    for number in range(1_200):
+        tenant, host = number % 6, f"dead{number % 120}.example.com"
+        desk.world.hangs.add(host)
+        desk.outbox.add(number, host, tenant_id=f"t-{tenant}")
+    running = asyncio.create_task(desk.run_for(120))
+    await asyncio.sleep(60)
+    desk.outbox.add(2_000, "well.example.com", at_ms=60_000, tenant_id="t-good")
+    under_way = desk.world.now.total()
+    await asyncio.sleep(2)
+    assert [event_id for event_id, _ in desk.world.arrived] == ["evt_02000"]
+    assert 0 < under_way <= AT_ONCE_FAILING
+    await running
 
 
 async def test_a_dead_host_rests_without_using_up_tries(desk: Desk) -> None:

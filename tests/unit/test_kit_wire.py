@@ -495,6 +495,11 @@ def test_the_wait_is_read_from_the_headers(
     assert retry_after_s(headers) == wait_s
 
 
+def test_whoever_reads_a_wait_may_allow_for_more() -> None:
+    headers = {"retry-after": "86400"}
+    assert retry_after_s(headers, at_most_s=3_600) == 3_600
+
+
 @given(text=st.text(max_size=40), date=st.sampled_from([DATE, "", "x"]))
 def test_junk_is_never_a_wait_beyond_the_limit(text: str, date: str) -> None:
     wait_s = retry_after_s({"retry-after": text, "date": date})

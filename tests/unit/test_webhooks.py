@@ -178,8 +178,23 @@ def test_secrets_follow_from_the_pepper_and_nothing_else() -> None:
 
 def test_the_old_secret_signs_for_a_day_after_a_rotation() -> None:
     old, new = (secret_for(b"p", "key_a", version) for version in (1, 2))
-    rotated = SigningKey("key_a", "t-1", 2, NOW_MS)
+    rotated = SigningKey("key_a", "t-1", 2, (NOW_MS,))
     assert secrets_at(b"p", SigningKey("key_a", "t-1", 1), NOW_MS) == (old,)
     at_last_ms = NOW_MS + ROTATION_OVERLAP_MS - 1
     assert secrets_at(b"p", rotated, at_last_ms) == (new, old)
     assert secrets_at(b"p", rotated, at_last_ms + 1) == (new,)
+
+
+def test_every_secret_of_the_last_day_signs_however_often_it_is_rotated() -> None:
+    hour_ms = 3_600_000
+    rotations_ms = (NOW_MS + 3 * hour_ms, NOW_MS + 2 * hour_ms, NOW_MS)
+    key = SigningKey("key_a", "t-1", 4, rotations_ms)
+    secrets = [secret_for(b"p", "key_a", version) for version in (4, 3, 2, 1)]
+
+    def signing(at_ms: int) -> list[str]:
+        return list(secrets_at(b"p", key, at_ms))
+
+    assert signing(NOW_MS + 3 * hour_ms) == secrets
+    assert signing(NOW_MS + 24 * hour_ms) == secrets[:3]
+    assert signing(NOW_MS + 26 * hour_ms) == secrets[:2]
+    assert signing(NOW_MS + 27 * hour_ms) == secrets[:1]

@@ -9,7 +9,7 @@ from gateway.adapters.sql.database import Database, Row, Transaction
 from gateway.core.errors import ConflictError, NotFoundError
 from gateway.core.ledger import Balance
 from gateway.core.preferences import routing_from_text, routing_text
-from gateway.core.webhooks import SigningKey
+from gateway.core.webhooks import SECRETS_MAX, SigningKey, check_rotation
 from gateway.ports import Key, Tenant
 
 
@@ -100,30 +100,13 @@ class SqlAccounts:
 
     async def signing_key(self, key_id: str) -> SigningKey | None:
         """See ``SigningKeys``."""
-        row = await self.database.read(
-            lambda tx: tx.one(
-                """SELECT id, tenant_id, webhook_version, webhook_rotated_ms
-                FROM keys WHERE id = $1""",
-                key_id,
-            )
-        )
-        return SigningKey(*row) if row else None
+        return await self.database.read(lambda tx: _signing_key(tx, key_id))
 
     async def rotate_signing_key(
         self, key_id: str, *, now_ms: int
     ) -> SigningKey | None:
         """See ``SigningKeys``."""
-        row = await self.database.write(
-            lambda tx: tx.one(
-                """UPDATE keys SET webhook_version = webhook_version + 1,
-                    webhook_rotated_ms = $2
-                WHERE id = $1
-                RETURNING id, tenant_id, webhook_version, webhook_rotated_ms""",
-                key_id,
-                now_ms,
-            )
-        )
-        return SigningKey(*row) if row else None
+        return await self.database.write(lambda tx: _rotate(tx, key_id, now_ms))
 
 
 async def _add_tenant(tx: Transaction, tenant: Tenant, now_ms: int) -> None:
@@ -162,6 +145,41 @@ async def _add_key(tx: Transaction, key: Key) -> None:
     )
     if not added:
         raise ConflictError(f"there is a key {key.id!r} or one equal to it already")
+
+
+async def _signing_key(tx: Transaction, key_id: str) -> SigningKey | None:
+    row = await tx.one(
+        "SELECT id, tenant_id, webhook_version FROM keys WHERE id = $1", key_id
+    )
+    if row is None:
+        return None
+    rotations = await tx.all(
+        """SELECT rotated_ms FROM webhook_rotations WHERE key_id = $1
+        ORDER BY version DESC LIMIT $2""",
+        key_id,
+        SECRETS_MAX - 1,
+    )
+    found_id, tenant_id, version = row
+    return SigningKey(found_id, tenant_id, version, tuple(at[0] for at in rotations))
+
+
+async def _rotate(tx: Transaction, key_id: str, now_ms: int) -> SigningKey | None:
+    # The update comes first: it makes another rotation of the same key wait.
+    raised = await tx.run(
+        "UPDATE keys SET webhook_version = webhook_version + 1 WHERE id = $1", key_id
+    )
+    key = await _signing_key(tx, key_id)
+    if not raised or key is None:
+        return None
+    check_rotation(key, now_ms)
+    await tx.run(
+        """INSERT INTO webhook_rotations (key_id, version, rotated_ms)
+        VALUES ($1, $2, $3)""",
+        key_id,
+        key.version,
+        now_ms,
+    )
+    return await _signing_key(tx, key_id)
 
 
 def _key(row: Row) -> Key:

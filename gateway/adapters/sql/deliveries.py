@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gateway.adapters.sql.database import Database, Row, Transaction
+from gateway.adapters.sql.database import Database, Transaction
 from gateway.core.webhooks import (
     PENDING,
     Delivery,
+    Due,
+    Places,
+    chosen,
     event_id,
     event_name,
     host_of,
 )
-from gateway.ports import Places, TaskEnd
+from gateway.ports import TaskEnd
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +103,19 @@ async def add_delivery(tx: Transaction, end: TaskEnd) -> None:
 async def _claim(
     tx: Transaction, now_ms: int, lease_ms: int, limit: int, places: Places
 ) -> list[Delivery]:
-    # Few rows per host come back, however many are due for it.
-    due = await tx.all(
-        """SELECT id, host FROM (
-            SELECT id, host, next_ms,
-                ROW_NUMBER() OVER (PARTITION BY host ORDER BY next_ms, id) AS place
+    # Few rows per tenant and host come back, however many are due for them.
+    rows = await tx.all(
+        """SELECT id, host, tenant_id, next_ms FROM (
+            SELECT id, host, tenant_id, next_ms, ROW_NUMBER() OVER (
+                PARTITION BY tenant_id, host ORDER BY next_ms, id) AS place
             FROM deliveries
             WHERE state = 'pending' AND next_ms <= $1 AND lease_until_ms <= $1
-        ) AS due WHERE place <= $2 ORDER BY next_ms, id""",
+        ) AS due WHERE place <= $2""",
         now_ms,
         places.each,
     )
     claimed = []
-    for delivery_id in _chosen(due, limit, places):
+    for delivery_id in chosen((Due(*row) for row in rows), limit, places):
         row = await tx.one(
             """UPDATE deliveries SET lease_until_ms = $3
             WHERE id = $1 AND state = 'pending' AND lease_until_ms <= $2
@@ -125,18 +128,6 @@ async def _claim(
         if row is not None:
             claimed.append(Delivery(*row))
     return claimed
-
-
-def _chosen(due: Sequence[Row], limit: int, places: Places) -> list[str]:
-    taken = dict(places.taken)
-    chosen: list[str] = []
-    for delivery_id, host in due:
-        if len(chosen) == limit:
-            break
-        if taken.get(host, 0) < places.each:
-            taken[host] = taken.get(host, 0) + 1
-            chosen.append(delivery_id)
-    return chosen
 
 
 async def _note(tx: Transaction, delivery: Delivery) -> bool:

@@ -261,6 +261,20 @@ MIGRATIONS = (
             )""",
         ),
     ),
+    Migration(
+        statements=(
+            """CREATE TABLE webhook_rotations (
+                key_id TEXT NOT NULL REFERENCES keys (id),
+                version BIGINT NOT NULL CHECK (version > 1),
+                rotated_ms BIGINT NOT NULL,
+                PRIMARY KEY (key_id, version)
+            )""",
+            """INSERT INTO webhook_rotations (key_id, version, rotated_ms)
+            SELECT id, webhook_version, webhook_rotated_ms FROM keys
+            WHERE webhook_rotated_ms IS NOT NULL""",
+            "ALTER TABLE keys DROP COLUMN webhook_rotated_ms",
+        ),
+    ),
 )
 """Step n of the schema stands at n - 1."""
 
