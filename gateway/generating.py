@@ -151,7 +151,28 @@ class Asked:
     quiet: bool
 
 
-@click.command()
+class _Stoppable(click.Command):
+    """Ends with 130 on Ctrl-C wherever it comes; click would say 1 and "Aborted!"."""
+
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        with _stoppable():
+            return super().make_context(*args, **more)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _stoppable():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    # Once there is an order, ``_Standing`` says more.
+    try:
+        yield
+    except KeyboardInterrupt:
+        _end(EXIT_STOPPED, "stopped")
+
+
+@click.command(cls=_Stoppable)
 @_with_options
 @click.pass_context
 def generate(context: click.Context, /, **options: Any) -> None:
@@ -271,7 +292,8 @@ def _key(given: str | None) -> str:
 def _target(asked: Asked) -> Target:
     from gateway.remote import TargetTakenError
 
-    target = target_of(asked.out, force=asked.force)
+    keep = asked.resume is not None
+    target = target_of(asked.out, force=asked.force, keep=keep)
     says = _format_of(target)
     if says is not None and asked.output_format not in {None, says}:
         raise click.UsageError(
@@ -285,20 +307,20 @@ def _target(asked: Asked) -> Target:
     return target
 
 
-def target_of(out: str, *, force: bool) -> Target:
+def target_of(out: str, *, force: bool, keep: bool = False) -> Target:
     """Read ``--out``: a folder, or a file if it ends in the extension of a picture."""
     from gateway.remote import Target
 
     path = Path(out)
     ends = path.suffix.lower()
     if path.is_dir() or out.endswith("/") or not ends:
-        return Target(path, force=force)
+        return Target(path, force=force, keep=keep)
     if ends not in FORMATS:
         raise click.UsageError(
             f"--out must end in {', '.join(FORMATS)} to be a file, or in / to be a "
             "folder."
         )
-    return Target(path.parent, path.name, force=force)
+    return Target(path.parent, path.name, force=force, keep=keep)
 
 
 def _format_of(target: Target) -> str | None:
@@ -448,24 +470,25 @@ class _Standing:
         return f"{arrived}repeated with {again}, it is not bought twice"
 
     def _stopped(self, client: GatewayClient) -> NoReturn:
+        ordered = self.so_far.sent or self.so_far.task_id is not None
+        if self.asked.cancel_on_interrupt and ordered:
+            _end(EXIT_STOPPED, f"stopped; {self._cancelled(client)}")
         task_id = self.so_far.task_id
         if task_id is None:
             stands = self._where_it_stands() or "nothing was ordered"
             _end(EXIT_STOPPED, "stopped", stands)
-        if self.asked.cancel_on_interrupt:
-            _end(EXIT_STOPPED, f"stopped; {_cancelled(client, task_id)}")
         goes_on = f"stopped; {task_id} goes on at the gateway"
         _end(EXIT_STOPPED, goes_on, self.how_to_go_on())
 
+    def _cancelled(self, client: GatewayClient) -> str:
+        from gateway.remote import AwayError, Pace, RefusedError, stop
 
-def _cancelled(client: GatewayClient, task_id: str) -> str:
-    from gateway.remote import AwayError, RefusedError
-
-    try:
-        task = client.cancel(task_id)
-    except (AwayError, RefusedError) as error:
-        return f"{task_id} could not be cancelled: {error}"
-    return f"{task_id} is {'cancelled' if task.over else 'being cancelled'}"
+        try:
+            task = stop(client, self.order, self.so_far, Pace())
+        except (AwayError, RefusedError) as error:
+            what = self.so_far.task_id or "the order"
+            return f"{what} could not be cancelled: {error}"
+        return f"{task.id} is {'cancelled' if task.over else 'being cancelled'}"
 
 
 @contextmanager

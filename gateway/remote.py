@@ -40,6 +40,7 @@ __all__ = [
     "is_task_id",
     "opened",
     "place",
+    "stop",
 ]
 
 PATIENCE_S = 60.0
@@ -48,6 +49,8 @@ FIRST_PAUSE_S = 0.3
 PAUSE_MAX_S = 3.0
 """Between two looks at a task. Each looks at the books only, but there may be many."""
 PAUSE_GROWS = 1.5
+STOP_MAX_S = 20.0
+"""How long who wants to leave waits for a task to be found and cancelled."""
 EXTENSIONS = {"jpeg": "jpg"}
 
 T = TypeVar("T")
@@ -104,6 +107,8 @@ class Waited:
 
     sent: bool = False
     task_id: str | None = None
+    body: Mapping[str, object] | None = None
+    """What is sent, once it is: sent again, it finds the task that it made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +118,8 @@ class Target:
     folder: Path
     name: str | None = None
     force: bool = False
+    keep: bool = False
+    """Leaves files that are there alone: they were fetched before."""
 
     def paths(self, task_id: str, count: int, output_format: str) -> list[Path]:
         """Name the files of a task, in order."""
@@ -137,7 +144,7 @@ class Target:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not os.access(self.folder, os.W_OK | os.X_OK):
             raise PermissionError(f"{self.folder} cannot be written to")
-        if self.name is not None and not self.force:
+        if self.name is not None and not self.force and not self.keep:
             for path in self.paths("", count, ""):
                 _check_free(path)
 
@@ -165,6 +172,7 @@ def place(
         return uploaded[picture]
 
     def submit() -> RemoteTask:
+        so_far.body = body
         earlier, so_far.sent = so_far.sent, True
         try:
             return client.submit(body, order.idempotency_key)
@@ -182,10 +190,31 @@ def place(
         so_far.task_id = task.id
     finally:
         # The gateway has copied what it needs, and they count towards a quota.
-        for file_id in uploaded.values():
-            with suppress(AwayError, RefusedError):
-                client.delete(file_id)
+        with suppress(AwayError):  # who does not answer is not asked for each
+            for file_id in uploaded.values():
+                with suppress(RefusedError):
+                    client.delete(file_id)
     return task
+
+
+def stop(client: GatewayClient, order: Order, so_far: Waited, pace: Pace) -> RemoteTask:
+    """Cancel what was ordered, within about ``STOP_MAX_S``; returns the task.
+
+    A task whose id did not arrive is found by sending the order again, under its key.
+    If it had not arrived at all it is made by that, and cancelled while it waits.
+
+    Raises:
+        AwayError: the gateway cannot be reached, or does not answer.
+        RefusedError: it did not take the order, or the task cannot be cancelled.
+    """
+    if so_far.task_id is None:
+        body, key = so_far.body or {}, order.idempotency_key
+        so_far.task_id = _patiently(
+            lambda: client.submit(body, key, at_most_s=STOP_MAX_S / 2),
+            pace,
+            patience_s=STOP_MAX_S / 2,
+        ).id
+    return client.cancel(so_far.task_id, at_most_s=STOP_MAX_S / 2)
 
 
 def follow(
@@ -223,7 +252,8 @@ def fetch(
 ) -> list[Path]:
     """Fetch a task's pictures into files, whole or not at all; returns their paths.
 
-    A file that is called after the task is that picture already: it is left alone.
+    A file that is called after the task is that picture already: it is left alone, and
+    so is any that is there if the target keeps them.
 
     Raises:
         TargetTakenError: a file is there already.
@@ -236,7 +266,7 @@ def fetch(
     for place, (link, path) in enumerate(zip(task.links, paths, strict=True), 1):
         tell(f"fetching {place} of {len(paths)}", 100 * (place - 1) // len(paths))
         if not target.force and path.exists():
-            if target.name is None:
+            if target.name is None or target.keep:
                 continue
             _check_free(path)
         _fetch_one(client, link, path, pace, force=target.force)

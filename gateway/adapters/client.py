@@ -24,6 +24,11 @@ SUBMIT_MAX_S = 150.0
 MESSAGE_MAX_CHARS = 1_000
 RETRY_AFTER_MAX_S = 3_600.0
 PASSING_STATUSES = frozenset({429, 500, 502, 503, 504})
+DOWNLOAD_MAX_BYTES = 256 * 1024 * 1024
+"""Of one picture. The largest that models make have some 25 MB."""
+REFUSAL_MAX_BYTES = 64 * 1024
+"""Of what a link answers instead of a picture."""
+FORMATS = frozenset({"png", "jpeg", "webp"})
 FINAL_STATUSES = frozenset({"completed", "failed", "cancelled"})
 
 _TASK_ID = re.compile(r"task-unified-[A-Za-z0-9-]{1,100}")
@@ -118,15 +123,24 @@ class GatewayClient:
         self._object(answer)
         return answer.text
 
-    def submit(self, body: Mapping[str, object], idempotency_key: str) -> RemoteTask:
-        """Make a task; with an equal body and key any number of times, but one task."""
+    def submit(
+        self,
+        body: Mapping[str, object],
+        idempotency_key: str,
+        *,
+        at_most_s: float = SUBMIT_MAX_S,
+    ) -> RemoteTask:
+        """Make a task; with an equal body and key any number of times, but one task.
+
+        ``at_most_s``: the answer is waited for as long, and no part of it longer.
+        """
         headers = {"prefer": "respond-async", "idempotency-key": idempotency_key}
         answer = self._ask(
             "POST",
             "/v1/images/generations",
             json=body,
             headers=headers,
-            timeout=_timeout(SUBMIT_MAX_S),
+            timeout=_timeout(at_most_s),
         )
         return self._task(answer)
 
@@ -134,9 +148,10 @@ class GatewayClient:
         """Read a task."""
         return self._task(self._ask("GET", f"/v1/tasks/{task_id}"))
 
-    def cancel(self, task_id: str) -> RemoteTask:
+    def cancel(self, task_id: str, *, at_most_s: float = ANSWER_MAX_S) -> RemoteTask:
         """Ask for a task's end; one that runs may take ten seconds to notice."""
-        return self._task(self._ask("POST", f"/v1/tasks/{task_id}/cancel"))
+        path = f"/v1/tasks/{task_id}/cancel"
+        return self._task(self._ask("POST", path, timeout=_timeout(at_most_s)))
 
     def upload(self, path: Path) -> str:
         """Upload a picture, read from the disk as it goes out; returns its file id.
@@ -171,10 +186,16 @@ class GatewayClient:
         try:
             with self.links.stream("GET", link) as answer:
                 if not answer.is_success:
-                    answer.read()
-                    raise self._refusal(answer)
+                    raise self._refused_link(answer)
                 with path.open("xb") as file:
+                    left_bytes = DOWNLOAD_MAX_BYTES
                     for piece in answer.iter_bytes():
+                        left_bytes -= len(piece)
+                        if left_bytes < 0:
+                            raise RefusedError(
+                                "a picture was not fetched: it has more than "
+                                f"{DOWNLOAD_MAX_BYTES:,} bytes"
+                            )
                         file.write(piece)
         except (httpx.RequestError, httpx.InvalidURL) as error:
             raise AwayError(
@@ -193,6 +214,23 @@ class GatewayClient:
         if answer.is_success:
             return answer
         raise self._refusal(answer)
+
+    def _refused_link(self, answer: httpx.Response) -> Exception:
+        body = b""
+        for piece in answer.iter_bytes():
+            body += piece
+            if len(body) > REFUSAL_MAX_BYTES:
+                return self._no_gateway(answer)
+        whole = httpx.Response(
+            answer.status_code,
+            content=body,
+            headers={
+                name: answer.headers[name]
+                for name in ("x-should-retry", "retry-after")
+                if name in answer.headers
+            },
+        )
+        return self._refusal(whole)
 
     def _refusal(self, answer: httpx.Response) -> Exception:
         try:
@@ -214,13 +252,15 @@ class GatewayClient:
             raise self._no_gateway(answer)
         links, usage = body.get("results") or [], body.get("usage") or {}
         output_format, error = body.get("output_format"), body.get("error")
+        known = FORMATS if isinstance(output_format, str) else ()
         used = usage.get("credits_used") if isinstance(usage, dict) else None
         return RemoteTask(
             id=task_id,
             status=self._shown(str(status)),
             progress=min(max(progress, 0), 100) if isinstance(progress, int) else 0,
             links=tuple(map(str, links)) if isinstance(links, list) else (),
-            output_format=output_format if isinstance(output_format, str) else None,
+            # It becomes a part of file names.
+            output_format=output_format if output_format in known else None,
             credits_used=_exact(used) if isinstance(used, int | Decimal) else None,
             failure=self._failure(error) if isinstance(error, dict) else None,
         )
@@ -265,7 +305,11 @@ def opened(url: str, key: str) -> Iterator[GatewayClient]:
 
 
 def _timeout(answer_s: float) -> httpx.Timeout:
-    return httpx.Timeout(ANSWER_MAX_S, connect=CONNECT_MAX_S, read=answer_s)
+    return httpx.Timeout(
+        min(ANSWER_MAX_S, answer_s),
+        connect=min(CONNECT_MAX_S, answer_s),
+        read=answer_s,
+    )
 
 
 def _exact(number: int | Decimal) -> str:

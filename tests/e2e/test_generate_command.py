@@ -333,11 +333,19 @@ def test_a_task_can_be_fetched_again_and_again(
     missing.unlink()
     again = generate(shared_gateway, folder, "--resume", task_id)
     wrong = generate(shared_gateway, folder, "--resume", task_id, "--out", "x.webp")
+    (folder / "x-1.png").write_bytes(b"mine")
+    named = [
+        generate(shared_gateway, folder, "--resume", task_id, "--out", "x.png")
+        for _ in range(2)
+    ]
 
     assert (again.code, again.out) == (0, first.out)
     assert picture(missing).size == PIXELS
     assert wrong.code == 2
     assert not (folder / "x.webp").exists()
+    assert [(done.code, done.out) for done in named] == [(0, "x-1.png\nx-2.png\n")] * 2
+    assert (folder / "x-1.png").read_bytes() == b"mine"
+    assert picture(folder / "x-2.png").size == PIXELS
 
 
 @contextmanager
@@ -520,3 +528,70 @@ def test_a_terminal_gets_a_bar_and_stdout_stays_clean(
     assert "asking" in shown
     assert "100%" in shown
     assert "credits used" in shown
+
+
+def test_ctrl_c_while_it_starts_is_a_stop_like_others(folder: Path) -> None:
+    config = folder / "gateway.toml"
+    os.mkfifo(config)
+    wanted = ("a fox", "--config", str(config))
+    with (
+        started("", "iwk_live_x", folder, *wanted) as run,
+        config.open("wb"),  # it reads its config now, and gets none of it
+    ):
+        run.send_signal(signal.SIGINT)
+        out, err = run.communicate(timeout=20)
+
+    assert (run.returncode, out) == (130, "")
+    assert "Aborted" not in err
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_before_the_answer_cancels_what_was_ordered(
+    gateway: LiveGateway, folder: Path
+) -> None:
+    """Through a proxy that loses the first answer, as a slow network would."""
+    gateway.sandbox(NAMES[0], latency_ms=60_000)
+    arrived, asked = threading.Event(), list[str]()
+
+    class Losing(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"] or 0))
+            carried = ("authorization", "idempotency-key", "prefer", "content-type")
+            headers = {n: self.headers[n] for n in carried if self.headers[n]}
+            asked.append(self.path)
+            answer = httpx.post(gateway.url + self.path, content=body, headers=headers)
+            if len(asked) == 1:
+                arrived.set()
+                stopped.wait(30)
+                return
+            self.send_response(answer.status_code)
+            self.send_header("content-length", str(len(answer.content)))
+            self.end_headers()
+            self.wfile.write(answer.content)
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    stopped = threading.Event()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Losing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}"
+        wanted = ("a fox", *CHEAP, "--cancel-on-interrupt")
+        with started(url, gateway.first_key, folder, *wanted) as run:
+            assert arrived.wait(20)
+            run.send_signal(signal.SIGINT)
+            _, err = run.communicate(timeout=30)
+    finally:
+        stopped.set()
+        server.shutdown()
+        server.server_close()
+
+    assert run.returncode == 130
+    task_id = id_in(err)
+    assert "cancelled" in err
+    assert asked == ["/v1/images/generations"] * 2 + [f"/v1/tasks/{task_id}/cancel"]
+    with gateway.client() as client:
+        assert client.get("/v1/tasks").json()["total"] == 1
+    ended = generate(gateway, folder, "--resume", task_id)
+    assert "(request_cancelled)" in ended.err

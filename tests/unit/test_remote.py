@@ -20,6 +20,7 @@ from gateway.generating import target_of
 from gateway.remote import (
     PATIENCE_S,
     PAUSE_MAX_S,
+    STOP_MAX_S,
     AwayError,
     Order,
     Pace,
@@ -30,6 +31,7 @@ from gateway.remote import (
     fetch,
     follow,
     place,
+    stop,
 )
 
 URL = "http://gateway.example"
@@ -372,3 +374,103 @@ def test_out_must_not_end_like_something_else() -> None:
 def test_what_could_lead_out_of_a_folder_is_no_task_id(text: str) -> None:
     assert is_task_id(ID)
     assert not is_task_id(text)
+
+
+def test_files_that_are_there_are_left_alone_when_a_task_is_picked_up(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "fox-1.jpg"
+    path.write_bytes(b"picture")
+    wire = Wire([httpx.Response(200, content=b"second")])
+    target = Target(tmp_path, "fox.jpg", keep=True)
+
+    target.check_free(1)
+    paths = fetched(wire, target, links=2)
+
+    assert [each.read_bytes() for each in paths] == [b"picture", b"second"]
+    assert [request.url.path for request in wire.asked] == ["/files/1"]
+
+
+def test_a_picture_without_an_end_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.adapters.client.DOWNLOAD_MAX_BYTES", 100_000)
+
+    def endless() -> Iterable[bytes]:
+        while True:
+            yield bytes(60_000)
+
+    wire = Wire([httpx.Response(200, content=endless())])
+    with pytest.raises(RefusedError, match="more than 100,000 bytes"):
+        fetched(wire, Target(tmp_path))
+
+    assert len(wire.asked) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refusal_without_an_end_is_none(tmp_path: Path) -> None:
+    def endless() -> Iterable[bytes]:
+        while True:
+            yield b"{" * 60_000
+
+    wire = Wire([httpx.Response(403, content=endless()) for _ in range(100)])
+    with pytest.raises(AwayError):
+        fetched(wire, Target(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("said", "known"),
+    [
+        ("png", "png"),
+        ("jpeg", "jpeg"),
+        ("webp", "webp"),
+        ("/../../evil", None),
+        ("exe", None),
+        (["png"], None),
+        (7, None),
+    ],
+)
+def test_only_formats_that_pictures_have_become_part_of_names(
+    said: object, known: str | None
+) -> None:
+    told_so = told("completed", output_format=said)
+    assert client_over(Wire([told_so])).task(ID).output_format == known
+
+
+# --- stopping ---
+
+
+def test_an_order_whose_answer_did_not_come_is_found_by_its_key_and_cancelled() -> None:
+    class Interrupted(Wire):
+        def __call__(self, request: httpx.Request) -> httpx.Response:
+            answer = super().__call__(request)
+            if len(self.asked) == 1:
+                raise KeyboardInterrupt
+            return answer
+
+    wire, clock, so_far = (
+        Interrupted([told(), told(), told("cancelled")]),
+        Clock(),
+        Waited(),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        place(client_over(wire), ORDER, so_far, silent, clock.pace)
+    assert so_far.sent
+
+    task = stop(client_over(wire), ORDER, so_far, clock.pace)
+
+    first, again, cancel = wire.asked
+    assert (again.content, again.headers) == (first.content, first.headers)
+    assert cancel.url.path == f"/v1/tasks/{ID}/cancel"
+    assert (task.status, so_far.task_id) == ("cancelled", ID)
+
+
+def test_who_leaves_does_not_wait_long_for_a_gateway_that_is_away() -> None:
+    wire, clock = Wire([LOST]), Clock()
+
+    with pytest.raises(AwayError):
+        stop(client_over(wire), ORDER, Waited(sent=True, body={}), clock.pace)
+
+    assert clock.at_s <= STOP_MAX_S
+    limits = [request.extensions["timeout"].values() for request in wire.asked]
+    assert max(max(each) for each in limits) <= STOP_MAX_S
