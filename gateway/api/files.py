@@ -14,7 +14,7 @@ from litestar.params import FromPath
 
 from gateway.api.base64_uploads import read_base64_upload
 from gateway.api.forms import Form, FormLimits, boundary_of, read_form
-from gateway.api.http import AnyRequest, note_of, read_json
+from gateway.api.http import AnyRequest, note_of, read_json, whole_number
 from gateway.api.links import Links
 from gateway.core.errors import InvalidRequestError, insufficient_credits, storage_full
 from gateway.core.images import IMAGE_MAX_BYTES
@@ -145,9 +145,10 @@ def _keeping_routes(api: FileApi) -> list[HTTPRouteHandler]:
     async def list_files(request: AnyRequest) -> Response[bytes]:
         """List the tenant's files, newest first."""
         tenant_id = await api.tenant_of(request)
-        page = _whole_number(request, "page", default=1, at_most=PAGE_MAX)
-        page_size = _whole_number(
-            request, "pageSize", default=PAGE_SIZE, at_most=PAGE_SIZE_MAX
+        query = request.query_params
+        page = whole_number(query.get("page"), "page", default=1, at_most=PAGE_MAX)
+        page_size = whole_number(
+            query.get("pageSize"), "pageSize", default=PAGE_SIZE, at_most=PAGE_SIZE_MAX
         )
         total, files = await api.files.listed(tenant_id, page=page, page_size=page_size)
         listed = [
@@ -211,16 +212,6 @@ def _text(fields: Mapping[str, object], name: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise InvalidRequestError(f"{name} must be a text.", param=name)
     return value
-
-
-def _whole_number(request: AnyRequest, name: str, *, default: int, at_most: int) -> int:
-    text = request.query_params.get(name, str(default))
-    short = text.isascii() and text.isdigit() and len(text) <= len(str(at_most))
-    if not short or not 1 <= int(text) <= at_most:
-        raise InvalidRequestError(
-            f"{name} must be a whole number from 1 to {at_most:,}.", param=name
-        )
-    return int(text)
 
 
 def _answer(msg: str, data: dict[str, object] | None = None) -> Response[bytes]:

@@ -70,6 +70,29 @@ def header_texts(scope: Scope) -> list[tuple[str, str]]:
     return [(k.decode("latin-1"), v.decode("latin-1")) for k, v in scope["headers"]]
 
 
+def header_list(scope: Scope, name: str) -> str:
+    """Read a header that is a list: all its lines, joined as RFC 9110 5.3 has it."""
+    wanted = name.lower().encode()
+    lines = [value for key, value in scope["headers"] if key == wanted]
+    return b", ".join(lines).decode("latin-1")
+
+
+def whole_number(text: str | None, name: str, *, default: int, at_most: int) -> int:
+    """Read a number of a query, 1 to ``at_most``; ``default`` where it is not given.
+
+    Raises:
+        InvalidRequestError: it is not one; more digits than ``at_most`` are none.
+    """
+    if text is None:
+        return default
+    short = text.isascii() and text.isdigit() and len(text) <= len(str(at_most))
+    if not short or not 1 <= int(text) <= at_most:
+        raise InvalidRequestError(
+            f"{name} must be a whole number from 1 to {at_most:,}.", param=name
+        )
+    return int(text)
+
+
 async def read_json(receive: Receive) -> object:
     """Read and decode a JSON body; a number with a fraction becomes a ``Decimal``.
 

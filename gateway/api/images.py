@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+import re
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from gateway.api.http import (
     StalledError,
     disconnected,
     header,
+    header_list,
     header_texts,
     note_of,
     send_answer,
@@ -77,6 +78,8 @@ RETRY_COUNT = "x-stainless-retry-count"
 """OpenAI's libraries count in it how often they tried again by themselves."""
 FORM_LIMITS = FormLimits(files=17, file_max_bytes=IMAGE_MAX_BYTES)
 IMAGE_FIELDS = ("image", "image[]")
+_RETRIES = re.compile("0*[1-9][0-9]*")
+"""A count above 0, however long: it is not worth being made a number."""
 
 
 class MethodNotAllowedError(GatewayError):
@@ -160,8 +163,7 @@ class Images:
         if await self.storage_trouble() is not None:
             raise storage_full()  # before 800 MB are taken in
         await self.generate.check_any_credits(key)
-        async with self._edit(scope, receive) as asked:
-            work = await self._start(scope, key, asked)
+        work = await self._edit(scope, receive, key)
         await self._answer(scope, receive, send, work)
 
     async def _key(self, scope: Scope) -> Key:
@@ -174,18 +176,18 @@ class Images:
         note.tenant_id, note.key_id = key.tenant_id, key.id
         return key
 
-    @asynccontextmanager
-    async def _edit(self, scope: Scope, receive: Receive) -> AsyncIterator[Asked]:
+    async def _edit(self, scope: Scope, receive: Receive, key: Key) -> Work:
         content_type = header(scope, "content-type")
         boundary = boundary_of(content_type)
         if boundary is not None:
             form = await read_form(receive, boundary, self.spools, FORM_LIMITS)
+            work = None
             try:
-                yield _from_form(form, self.catalogue)
-            except BaseException:
-                form.close()
-                raise
-            return  # the task has the files now, and closes them
+                work = await self._start(scope, key, _from_form(form, self.catalogue))
+            finally:
+                if work is None or not work.has_files:
+                    form.close()
+            return work
         if "json" not in (content_type or "").lower():
             raise InvalidRequestError(
                 "Send multipart/form-data with the image files, or application/json.",
@@ -193,7 +195,8 @@ class Images:
             )
         body = await read_lifted(receive, self.spools)
         try:
-            yield Asked(parse_edit(body.json, self.catalogue), body.spools)
+            request = parse_edit(body.json, self.catalogue)
+            return await self._start(scope, key, Asked(request, body.spools))
         finally:
             body.close()
 
@@ -214,7 +217,7 @@ class Images:
         ignored = [*request.ignored, *strange_headers(headers)][:IGNORED_MAX]
         if ignored:
             note.headers[IGNORED_PARAMS] = ", ".join(ignored)
-        delivery = delivery_of(header(scope, "prefer"), request, key.delivery)
+        delivery = delivery_of(header_list(scope, "prefer"), request, key.delivery)
         note.headers["x-gateway-mode"] = delivery.mode.value
         once = await _once(scope, asked)
         repeated = await self.replay.find(once, key)
@@ -282,7 +285,7 @@ class Images:
             on_partial=events.on_partial if events is not None else None,
         )
         kept = ask.once.idempotency_key is not None
-        return Work(task, as_links=as_links, events=events, kept=kept)
+        return Work(task, as_links=as_links, events=events, kept=kept, has_files=True)
 
     def _queued(self, note: RequestNote, key: Key, ask: Ask, task_id: str) -> Work:
         # An async task: answered with itself, or within the time that was preferred.
@@ -370,6 +373,8 @@ class Work:
     events: EventStream | None = None
     kept: bool = False
     """Its pictures stay, whether or not the answer arrives: for repetitions."""
+    has_files: bool = False
+    """Whether the files that came with the request are the task's now, to be closed."""
 
 
 async def _waited(
@@ -422,11 +427,11 @@ def _from_form(form: Form, catalogue: Catalogue) -> Asked:
 async def _once(scope: Scope, asked: Asked) -> Once:
     # Contents are hashed in a thread: a request may bring 800 MB.
     digests = [await asyncio.to_thread(_digest, payload) for payload in asked.brought]
-    retries = header(scope, RETRY_COUNT) or "0"
+    retries = header(scope, RETRY_COUNT) or ""
     return Once(
         fingerprint=fingerprint(asked.request, digests),
         idempotency_key=parse_key(header(scope, "idempotency-key")),
-        is_retry=retries.isascii() and retries.isdigit() and int(retries) > 0,
+        is_retry=_RETRIES.fullmatch(retries) is not None,
     )
 
 

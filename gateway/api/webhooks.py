@@ -11,8 +11,7 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath
 
 from gateway.api.admin import AdminGate
-from gateway.api.http import AnyRequest, note_of
-from gateway.core.errors import InvalidRequestError
+from gateway.api.http import AnyRequest, note_of, whole_number
 from gateway.core.webhooks import ROTATION_OVERLAP_MS, Delivery
 from gateway.flows.keys import Authenticate
 from gateway.flows.webhooks import ManageWebhooks
@@ -91,8 +90,11 @@ def webhook_admin_routes(
 async def _page(
     request: AnyRequest, webhooks: ManageWebhooks, tenant_id: str | None
 ) -> Response[bytes]:
-    page = _whole_number(request, "page", default=1, at_most=PAGE_MAX)
-    size = _whole_number(request, "page_size", default=PAGE_SIZE, at_most=PAGE_SIZE_MAX)
+    query = request.query_params
+    page = whole_number(query.get("page"), "page", default=1, at_most=PAGE_MAX)
+    size = whole_number(
+        query.get("page_size"), "page_size", default=PAGE_SIZE, at_most=PAGE_SIZE_MAX
+    )
     total, found = await webhooks.list(
         tenant_id,
         state=request.query_params.get("state"),
@@ -141,17 +143,6 @@ def _moment(at_ms: int | None) -> str | None:
         return None
     moment = datetime.fromtimestamp(at_ms / 1000, UTC)
     return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
-def _whole_number(request: AnyRequest, name: str, *, default: int, at_most: int) -> int:
-    text = request.query_params.get(name)
-    if text is None:
-        return default
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= at_most:
-        raise InvalidRequestError(
-            f"{name} must be a whole number from 1 to {at_most:,}.", param=name
-        )
-    return int(text[:9])
 
 
 def _json(body: object) -> Response[bytes]:

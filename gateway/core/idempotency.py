@@ -15,7 +15,7 @@ KEY_MAX_CHARS = 255
 KEY_KEPT_MS = 24 * 3600 * 1000
 """How long a key stands for its request."""
 RETRY_JOINS_MS = 10 * 60 * 1000
-"""How long a library's own retry finds the request that it repeats."""
+"""How long after its end a library's own retry still finds what it repeats."""
 _NOT_OF_THE_REQUEST = {
     "variant",
     "ignored",

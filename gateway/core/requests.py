@@ -385,18 +385,24 @@ def _reference(value: object, param: str) -> str:
 
 
 def _callback_url(fields: Mapping[str, object]) -> str | None:
-    url = _text(fields, "callback_url")
+    url = fields.get("callback_url")
     if url is None:
         return None
+    rule = "must be an https URL such as https://example.com/hook"
+    if not isinstance(url, str):
+        raise _wrong_callback(f"{rule}, not {_json_type(url)}")
     if len(url) > CALLBACK_URL_MAX_CHARS:
-        raise _wrong(
-            "callback_url", f"may have at most {CALLBACK_URL_MAX_CHARS:,} characters"
-        )
-    if _UNPRINTED.search(url) or not _is_https(url):
-        raise _wrong(
-            "callback_url", "must be an https URL such as https://example.com/hook"
-        )
+        raise _wrong_callback(f"may have at most {CALLBACK_URL_MAX_CHARS:,} characters")
+    if _UNPRINTED.search(url) or _SURROGATE.search(url) or not _is_https(url):
+        raise _wrong_callback(rule)
     return url
+
+
+def _wrong_callback(rule: str) -> InvalidRequestError:
+    # As where the URL's host is looked at: one code for all that can be wrong with it.
+    return InvalidRequestError(
+        f"callback_url {rule}.", param="callback_url", code="invalid_callback_url"
+    )
 
 
 def _is_https(url: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import Enum
 
-from gateway.core.errors import RateLimitedError
+from gateway.core.errors import ConflictError, RateLimitedError
 
 TASK_ID_PREFIX = "task-unified-"
 TASK_ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -70,6 +70,13 @@ def cancelled_json(charged_nanocredits: int) -> str:
             "type": "task_error",
         }
     )
+
+
+class TaskCancelledError(ConflictError):
+    """The request repeats, or waited for, a task that its owner cancelled."""
+
+    code = "request_cancelled"
+    client_may_retry = False
 
 
 class FencedError(Exception):

@@ -13,7 +13,7 @@ from typing import Literal
 
 from gateway.core.errors import GatewayError, NotFoundError
 from gateway.core.idempotency import KEY_KEPT_MS, RETRY_JOINS_MS
-from gateway.core.tasks import TaskState
+from gateway.core.tasks import TaskCancelledError, TaskState
 from gateway.flows.generate import Once
 from gateway.flows.tasks import Picture, ReadTask, TaskView
 from gateway.ports import BlobStore, Clock, Earlier, Key, OpenBlob, TaskStore
@@ -133,6 +133,12 @@ class BlobPayload:
 def _failure_of(view: TaskView) -> GatewayError:
     assert view.record is not None
     stored = json.loads(view.record.error_json or "{}")
+    if view.state is TaskState.CANCELLED:
+        said = stored.get("message", "The task was cancelled.")
+        return TaskCancelledError(
+            f"{said} To have it made after all, send it as a new request, with another "
+            "Idempotency-Key if it has one."
+        )
     http = stored.get("http") or {}
     error = GatewayError(
         stored.get("message", "The request that this one repeats failed."),

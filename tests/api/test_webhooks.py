@@ -15,7 +15,7 @@ from gateway.api.admin import AdminGate
 from gateway.api.front import Front
 from gateway.api.webhooks import webhook_admin_routes, webhook_routes
 from gateway.app import _litestar
-from gateway.core.webhooks import secret_for
+from gateway.core.webhooks import ROTATION_OVERLAP_MS, SECRETS_MAX, secret_for
 from gateway.flows.keys import Authenticate, ManageKeys, NewKey
 from gateway.flows.webhooks import ManageWebhooks
 from gateway.ports import Tenant
@@ -92,7 +92,17 @@ async def test_a_tenant_sees_its_own_deliveries_by_pages(counter: Counter) -> No
 
 
 @pytest.mark.parametrize(
-    "query", ["state=lost", "page=0", "page=x", "page_size=101", "page=99999999999"]
+    "query",
+    [
+        "state=lost",
+        "page=0",
+        "page=x",
+        "page_size=101",
+        "page=99999999999",
+        "page=" + "0" * 20 + "1",
+        "page_size=00000000199999",
+        "page=" + "9" * 5_000,
+    ],
 )
 async def test_a_wrong_filter_is_named(counter: Counter, query: str) -> None:
     path = f"/v1/webhooks/deliveries?{query}"
@@ -125,6 +135,20 @@ async def test_an_admin_sees_whose_each_delivery_is(counter: Counter) -> None:
     assert {row["tenant_id"] for row in answer.json()["data"]} == {TENANT, "t-2"}
     refused = await counter.ask("GET", "/admin/v1/deliveries", counter.mine.secret)
     assert refused.status_code == 401
+
+
+async def test_one_rotation_too_many_is_told_when_to_come_back(
+    counter: Counter,
+) -> None:
+    path = "/v1/webhooks/secret/rotate"
+    for _ in range(SECRETS_MAX - 1):
+        assert (await counter.ask("POST", path, counter.mine.secret)).is_success
+    refused = await counter.ask("POST", path, counter.mine.secret)
+    assert refused.status_code == 429
+    assert refused.json()["error"]["code"] == "secret_rotated_too_often"
+    assert refused.headers["retry-after"] == str(ROTATION_OVERLAP_MS // 1000)
+    assert refused.headers["x-should-retry"] == "false"
+    assert (await counter.ask("POST", path, counter.other.secret)).is_success
 
 
 async def test_a_new_secret_is_shown_when_it_is_made_and_never_again(

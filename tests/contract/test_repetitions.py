@@ -130,7 +130,12 @@ async def test_a_librarys_retry_finds_the_last_equal_request_of_its_key(
     assert await stores.tasks.earlier(look()) == "task-2"
     assert await stores.tasks.earlier(look(fingerprint="print-2")) is None
     assert await stores.tasks.earlier(look(key_id="key-2")) is None
-    assert await stores.tasks.earlier(look(since_ms=NOW_MS + 11)) is None
+    ended_ms = an_end("task-2").finished_ms
+    assert await stores.tasks.earlier(look(since_ms=ended_ms + 1)) == "task-2"
+    await stores.tasks.finish(an_end("task-1"))
+    await stores.tasks.finish(an_end("task-2"))
+    assert await stores.tasks.earlier(look(since_ms=ended_ms)) == "task-2"
+    assert await stores.tasks.earlier(look(since_ms=ended_ms + 1)) is None
 
 
 async def test_old_keys_are_forgotten(stores: Stores) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from tests.e2e.gateways import LiveGateway
 
 PATH = "/v1/images/generations"
+EDITS = "/v1/images/edits"
 BODY = {"prompt": "a fox", "size": "3:1", "quality": "low"}
 NAMES = ("sandbox-thrifty", "sandbox-fair", "sandbox-dear")
 
@@ -175,3 +176,68 @@ def picture(colour: str) -> bytes:
     out = io.BytesIO()
     Image.new("RGB", (32, 32), colour).save(out, "PNG")
     return out.getvalue()
+
+
+def test_uploads_of_requests_that_were_not_carried_out_leave_no_spool(
+    gateway: LiveGateway,
+) -> None:
+    """Replayed, joined, refused, queued, cut off: each ends with an empty folder."""
+    file = io.BytesIO()
+    Image.new("RGB", (640, 320), "red").save(file, "PNG")
+    content = file.getvalue() + bytes(2_000_000)  # too much to stay in memory
+    uploads = {"image": ("fox.png", content, "image/png")}
+    poor = gateway.tenant("poor", "0.000001")
+
+    def edit(key: str | None = None, **headers: str) -> httpx.Response:
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        with gateway.client(key) as client:
+            return client.post(EDITS, data=BODY, files=uploads, headers=sent)
+
+    first = edit(idempotency_key="upload-1")
+    ends = [
+        edit(idempotency_key="upload-1"),
+        edit(x_stainless_retry_count="1"),
+        edit(idempotency_key="upload-1", prefer="respond-async"),
+        edit(idempotency_key="upload-1", prefer="wait=5"),
+        edit(idempotency_key="k" * 256),
+        edit(poor),
+    ]
+    with gateway.client() as client:
+        form = BODY | {"prompt": "another fox"}
+        conflict = client.post(
+            EDITS, data=form, files=uploads, headers={"idempotency-key": "upload-1"}
+        )
+        no_mask = client.post(EDITS, data=BODY, files=uploads | {"other": content})
+
+    assert first.status_code == 200, first.text
+    assert [answer.status_code for answer in ends] == [200, 200, 200, 200, 400, 402]
+    assert {a.headers["idempotency-replayed"] for a in ends[:4]} == {"true"}
+    assert (conflict.status_code, no_mask.status_code) == (422, 400)
+    assert list((gateway.data_dir / "spool").iterdir()) == []
+    assert bought(gateway) == 1
+
+
+def test_uploads_that_join_a_running_task_leave_no_spool_when_it_is_over(
+    gateway: LiveGateway,
+) -> None:
+    gateway.sandbox("sandbox-thrifty", latency_ms=2_000)
+    file = io.BytesIO()
+    Image.new("RGB", (640, 320), "red").save(file, "PNG")
+    uploads = {"image": ("fox.png", file.getvalue() + bytes(2_000_000), "image/png")}
+
+    def edit(place: int) -> httpx.Response:
+        headers = {"idempotency-key": "upload-2"}
+        with gateway.client() as client:
+            if place % 4 == 3:  # hangs up in the middle of its wait
+                client.timeout = httpx.Timeout(1)
+            try:
+                return client.post(EDITS, data=BODY, files=uploads, headers=headers)
+            except httpx.TimeoutException:
+                return httpx.Response(499)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(edit, range(8)))
+
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 499] * 2
+    assert list((gateway.data_dir / "spool").iterdir()) == []
+    assert bought(gateway) == 1

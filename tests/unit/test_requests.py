@@ -231,6 +231,9 @@ def test_only_an_estimate_may_go_without_a_prompt() -> None:
         ({"callback_url": "https://a.test:99999/"}, "callback_url"),
         ({"callback_url": "https://a.test/" + "a" * 2034}, "callback_url"),
         ({"callback_url": ""}, "callback_url"),
+        ({"callback_url": 7}, "callback_url"),
+        ({"callback_url": ["https://a.test/"]}, "callback_url"),
+        ({"callback_url": "https://a.test/\ud800"}, "callback_url"),
         ({"stream": "true"}, "stream"),
         ({"stream": 1}, "stream"),
         ({"partial_images": 4}, "partial_images"),
@@ -242,6 +245,8 @@ def test_a_broken_rule_names_its_field(fields: dict[str, object], param: str) ->
 
     assert (error.status, error.type) == (400, "invalid_request_error")
     assert error.param == param
+    of_a_callback = param == "callback_url"
+    assert error.code == ("invalid_callback_url" if of_a_callback else "invalid_value")
     assert len(str(error)) < 400
 
 

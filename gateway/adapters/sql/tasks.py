@@ -265,7 +265,8 @@ async def _earlier(tx: Transaction, wanted: Earlier) -> str | None:
         )
     row = await tx.one(
         """SELECT id FROM tasks
-        WHERE key_id = $1 AND fingerprint = $2 AND created_ms >= $3
+        WHERE key_id = $1 AND fingerprint = $2
+            AND (finished_ms IS NULL OR finished_ms >= $3)
         ORDER BY created_ms DESC, id DESC LIMIT 1""",
         wanted.key_id,
         wanted.fingerprint,
