@@ -9,8 +9,8 @@ import msgspec
 
 from gateway.core.money import decimal_text, usd_from_credits
 from gateway.core.tasks import TaskState
-from gateway.flows.tasks import Picture, TaskView
-from gateway.ports import AttemptRecord, TaskLine, TaskRecord
+from gateway.flows.tasks import Listed, Picture, TaskView
+from gateway.ports import AttemptRecord, TaskRecord
 from providers.kit.contract import MadeImage, Usage
 from providers.kit.payloads import base64_chunks, base64_length
 
@@ -39,21 +39,19 @@ class Renderer:
             body["error"] = view.error
         return body
 
-    def line(self, line: TaskLine) -> dict[str, object]:
+    def line(self, listed: Listed) -> dict[str, object]:
         """Render a task in a list."""
-        ended_ms = line.finished_ms
-        took_s = None
-        if ended_ms is not None:
-            took_s = (ended_ms - (line.started_ms or line.created_ms)) // 1000
+        line = listed.line
+        took_ms = _took_ms(line.started_ms or line.created_ms, line.finished_ms)
         charged = line.charged_nanocredits
         return {
             "id": line.id,
             "model": line.variant,
             "type": "image",
             "status": line.state.value,
-            "progress": 100 if line.state.final else 0,
+            "progress": listed.progress,
             "created_at": line.created_ms // 1000,
-            "duration": took_s,
+            "duration": None if took_ms is None else took_ms // 1000,
             "has_results": line.results > 0,
             "result_count": line.results,
             "has_error": line.has_error,
@@ -194,9 +192,6 @@ def _made(picture: Picture) -> MadeImage:
 
 
 def _attempt(attempt: AttemptRecord) -> dict[str, object]:
-    took_ms = None
-    if attempt.finished_ms is not None:
-        took_ms = attempt.finished_ms - attempt.started_ms
     return {
         "seq": attempt.seq,
         "offer": attempt.offer_id,
@@ -211,5 +206,10 @@ def _attempt(attempt: AttemptRecord) -> dict[str, object]:
         "cost_usd": number(attempt.cost_nanousd),
         "job_id": attempt.job_id,
         "started_ms": attempt.started_ms,
-        "duration_ms": took_ms,
+        "duration_ms": _took_ms(attempt.started_ms, attempt.finished_ms),
     }
+
+
+def _took_ms(started_ms: int, ended_ms: int | None) -> int | None:
+    # The clock may have been set back in between.
+    return None if ended_ms is None else max(0, ended_ms - started_ms)

@@ -8,7 +8,7 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath
 
 from gateway.api.admin import AdminGate
-from gateway.api.http import AnyRequest, note_of, read_json
+from gateway.api.http import AnyRequest, note_of, read_json, whole_number
 from gateway.api.links import Links
 from gateway.api.render import Renderer
 from gateway.core.errors import InvalidRequestError
@@ -21,6 +21,9 @@ from gateway.flows.tasks import (
     ReadTask,
 )
 from gateway.ports import Key, TaskFilter
+
+PAGE_TASKS = 20
+PAGE_MAX = 1_000_000
 
 
 def task_routes(
@@ -55,13 +58,18 @@ def task_routes(
         """List the tenant's tasks, newest first."""
         key = await _key(authenticate, request)
         query = request.query_params
-        page = _number(query.get("page"), "page", 1, 1_000_000)
-        size = _number(query.get("page_size"), "page_size", 20, PAGE_MAX_TASKS)
+        page = whole_number(query.get("page"), "page", default=1, at_most=PAGE_MAX)
+        size = whole_number(
+            query.get("page_size"),
+            "page_size",
+            default=PAGE_TASKS,
+            at_most=PAGE_MAX_TASKS,
+        )
         wanted = TaskFilter(_states(query.get("status")), query.get("model") or None)
-        total, lines = await manage.page(
+        total, listed = await manage.page(
             key.tenant_id, wanted, page=page, page_size=size
         )
-        data = [renderer.line(line) for line in lines]
+        data = [renderer.line(each) for each in listed]
         return _json({"data": data, "total": total, "page": page, "page_size": size})
 
     @post("/v1/tasks/batch", status_code=200)
@@ -91,16 +99,6 @@ async def _key(authenticate: Authenticate, request: AnyRequest) -> Key:
     note = note_of(request.scope)
     note.tenant_id, note.key_id = key.tenant_id, key.id
     return key
-
-
-def _number(text: str | None, name: str, default: int, most: int) -> int:
-    if text is None:
-        return default
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= most:
-        raise InvalidRequestError(
-            f"{name} must be a whole number from 1 to {most:,}.", param=name
-        )
-    return int(text)
 
 
 def _states(text: str | None) -> tuple[TaskState, ...]:

@@ -553,7 +553,7 @@ class Generate:
                     purchase and purchase.lots and purchase.failures
                 ),
                 images=len(end.results),
-                duration_ms=end.finished_ms - accepted.task.created_ms,
+                duration_ms=max(0, end.finished_ms - accepted.task.created_ms),
                 charged_nanocredits=settled.charged,
                 absorbed_nanocredits=settled.absorbed,
                 usage=end.usage,

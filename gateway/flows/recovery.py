@@ -78,7 +78,7 @@ class Recovery:
                 attempts=len(task.attempts),
                 saved_by_fallback=False,
                 images=0,
-                duration_ms=self.clock.now_ms() - task.created_ms,
+                duration_ms=max(0, self.clock.now_ms() - task.created_ms),
                 charged_nanocredits=0,
                 absorbed_nanocredits=0,
                 usage=None,

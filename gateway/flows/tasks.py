@@ -120,7 +120,7 @@ class ReadTask:
         usual_ms = None
         if not record.state.final:
             usual_ms = await self.queue.usual_ms(record.task_class)
-        expected_s = (usual_ms or USUAL_UNKNOWN_MS) // 1000 or 1
+        expected_s = _expected_s(usual_ms)
         return TaskView(
             id=record.id,
             created_s=record.created_ms // 1000,
@@ -135,19 +135,25 @@ class ReadTask:
             pictures=tuple(pictures),
             error=_task_error(record),
             record=record,
-            progress=_progress(record, now_ms, expected_s),
+            progress=_progress(record.state, record.started_ms, now_ms, expected_s),
             estimated_s=0 if record.state.final else expected_s,
             can_cancel=not record.state.final and record.mode is DeliveryMode.ASYNC,
         )
 
 
-def _progress(record: TaskRecord, now_ms: int, expected_s: int) -> int:
+def _expected_s(usual_ms: int | None) -> int:
+    return (usual_ms or USUAL_UNKNOWN_MS) // 1000 or 1
+
+
+def _progress(
+    state: TaskState, started_ms: int | None, now_ms: int, expected_s: int
+) -> int:
     # Nobody knows how far a model is: what is shown is the share of the usual time.
-    if record.state.final:
+    if state.final:
         return 100
-    if record.state is TaskState.PENDING or record.started_ms is None:
+    if state is TaskState.PENDING or started_ms is None:
         return 0
-    took_s = (now_ms - record.started_ms) / 1000
+    took_s = (now_ms - started_ms) / 1000
     return max(1, min(PROGRESS_MAX, round(100 * took_s / expected_s)))
 
 
@@ -175,6 +181,14 @@ PAGE_MAX_TASKS = 100
 
 
 @dataclass(frozen=True, slots=True)
+class Listed:
+    """A task in a list, and how far it is in percent: as ``TaskView`` tells it."""
+
+    line: TaskLine
+    progress: int
+
+
+@dataclass(frozen=True, slots=True)
 class ManageTasks:
     """Lists a tenant's tasks and cancels them."""
 
@@ -184,11 +198,28 @@ class ManageTasks:
 
     async def page(
         self, tenant_id: str, wanted: TaskFilter, *, page: int, page_size: int
-    ) -> tuple[int, Sequence[TaskLine]]:
+    ) -> tuple[int, Sequence[Listed]]:
         """List tasks, newest first, with their number; pages count from 1."""
-        return await self.queue.tasks(
+        total, lines = await self.queue.tasks(
             tenant_id, wanted, offset=(page - 1) * page_size, limit=page_size
         )
+        running = {x.task_class for x in lines if x.state is TaskState.PROCESSING}
+        expected_s = {
+            each: _expected_s(await self.queue.usual_ms(each)) for each in running
+        }
+        now_ms = self.clock.now_ms()
+        return total, [
+            Listed(
+                line,
+                _progress(
+                    line.state,
+                    line.started_ms,
+                    now_ms,
+                    expected_s.get(line.task_class, 1),
+                ),
+            )
+            for line in lines
+        ]
 
     async def batch(self, tenant_id: str, task_ids: Sequence[str]) -> list[TaskView]:
         """Read several tasks; those that are not there are left out."""

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from gateway.adapters.sql.queue import SqlQueue
+from gateway.api.render import Renderer
 from gateway.core.tasks import (
     QUEUE_MAX_TASKS_PER_TENANT,
     DeliveryMode,
@@ -17,6 +19,7 @@ from gateway.core.tasks import (
     QueueFullError,
     TaskState,
 )
+from gateway.flows.tasks import Listed, ManageTasks, ReadTask
 from gateway.ports import Claimed, Lease, NewTask, TaskFilter, Tenant
 from tests.contract.stores import (
     BACKENDS,
@@ -32,6 +35,7 @@ from tests.contract.stores import (
     an_end,
     open_stores,
 )
+from tests.fakes import MemoryBlobs, StillClock
 
 LEASE_MS = 30_000
 
@@ -394,6 +398,44 @@ async def test_what_is_usual_is_learned_from_tasks_of_the_same_class(
 
     assert await stores.queue.usual_ms("a/low/1024x1024/1") == 6_000
     assert await stores.queue.usual_ms("a/high/1024x1024/1") is None
+
+
+async def test_a_clock_that_was_set_back_makes_no_time_less_than_none(
+    stores: Stores,
+) -> None:
+    await stores.tasks.open(queued("task-1", task_class="a/low/1024x1024/1"))
+    assert await claim(stores) is not None
+    await stores.tasks.finish(an_end("task-1", fence=1, finished_ms=NOW_MS - 9_000))
+
+    assert await stores.queue.usual_ms("a/low/1024x1024/1") == 0
+    _, (line,) = await stores.queue.tasks(TENANT, TaskFilter(), offset=0, limit=9)
+    assert Renderer(68 * 10**9).line(Listed(line, 100))["duration"] == 0
+
+
+async def test_a_page_tells_progress_and_asks_once_for_each_class(
+    stores: Stores,
+) -> None:
+    asked: list[str] = []
+
+    class Counting(SqlQueue):
+        async def usual_ms(self, task_class: str) -> int | None:
+            asked.append(task_class)
+            return 100_000
+
+    queue, clock = Counting(stores.database), StillClock(NOW_MS)
+    for i in range(9):
+        await stores.tasks.open(queued(f"task-{i}", task_class=f"class-{i % 2}"))
+    for _ in range(7):
+        assert await claim(stores) is not None
+    clock.at_ms += 40_000
+    read = ReadTask(stores.tasks, queue, MemoryBlobs(), clock)
+    manage = ManageTasks(queue, read, clock)
+    total, listed = await manage.page(TENANT, TaskFilter(), page=1, page_size=9)
+
+    shown = {each.line.id: each.progress for each in listed}
+    assert total == 9
+    assert sorted(shown.values()) == [0, 0, *[40] * 7]
+    assert sorted(asked) == ["class-0", "class-1"]
 
 
 async def test_tasks_are_forgotten_by_age_and_the_ledger_is_not(stores: Stores) -> None:

@@ -169,6 +169,75 @@ def test_a_running_task_is_cancelled_for_free(gateway: LiveGateway) -> None:
     assert gateway.balance("fickle")["held"] == "0"
 
 
+def test_who_waits_for_a_task_that_is_cancelled_is_told_so(
+    gateway: LiveGateway,
+) -> None:
+    gateway.sandbox(NAMES[0], latency_ms=60_000)
+    headers = {"idempotency-key": "fickle-1"}
+    with gateway.client(gateway.tenant("fickle")) as client:
+        with ThreadPoolExecutor(1) as pool:
+            wait = headers | {"prefer": "wait=30"}
+            waiting = pool.submit(client.post, PATH, json=BODY, headers=wait)
+            until = time.monotonic() + WAIT_MAX_S
+            running: list[dict[str, Any]] = []
+            while not running and time.monotonic() < until:
+                running = client.get("/v1/tasks?status=processing").json()["data"]
+            client.post(f"/v1/tasks/{running[0]['id']}/cancel")
+            answers = [waiting.result()]
+        answers.append(client.post(PATH, json=BODY, headers=headers))
+        later = client.post(PATH, json=BODY, headers=headers | LATER)
+
+    for answer in answers:
+        assert answer.status_code == 409
+        assert answer.json()["error"]["code"] == "request_cancelled"
+        assert answer.headers["x-should-retry"] == "false"
+    assert (later.status_code, later.json()["status"]) == (200, "cancelled")
+
+
+def test_a_list_tells_the_progress_that_the_task_tells(gateway: LiveGateway) -> None:
+    with gateway.client(gateway.tenant("lists")) as client:
+        ended(client, made(client)["id"])  # so that it is known how long one takes
+        gateway.sandbox(NAMES[0], latency_ms=20_000)
+        task_id = made(client)["id"]
+        until = time.monotonic() + WAIT_MAX_S
+        task: dict[str, Any] = {"progress": 0}
+        while task["progress"] < 95 and time.monotonic() < until:
+            task = client.get(f"/v1/tasks/{task_id}").json()
+        lines = client.get("/v1/tasks").json()["data"]
+        client.post(f"/v1/tasks/{task_id}/cancel")
+
+    assert [line["progress"] for line in lines] == [95, 100]
+
+
+def test_the_lines_of_a_preference_are_read_together(
+    shared_gateway: LiveGateway,
+) -> None:
+    with shared_gateway.client() as client:
+        lines = [("prefer", "return=minimal"), ("prefer", "respond-async")]
+        answer = client.post(PATH, json=BODY, headers=lines)
+
+    assert answer.headers["x-gateway-mode"] == "async"
+
+
+def test_numbers_of_any_length_are_read_without_harm(
+    shared_gateway: LiveGateway,
+) -> None:
+    long = ("0" * 20 + "1", "00000000199999", "1" + "0" * 18, "9" * 5_000)
+    with shared_gateway.client() as client:
+        wrong = [
+            client.get("/v1/tasks", params={name: text})
+            for name in ("page", "page_size")
+            for text in long
+        ]
+        retries = {"x-stainless-retry-count": "9" * 5_000}
+        again = client.post(PATH, json=BODY, headers=retries)
+        joined = client.post(PATH, json=BODY, headers=retries)
+
+    assert {answer.status_code for answer in wrong} == {400}
+    assert again.status_code == 200
+    assert joined.headers["idempotency-replayed"] == "true"
+
+
 def test_a_sync_task_cannot_be_cancelled(gateway: LiveGateway) -> None:
     with gateway.client() as client:
         task_id = client.post(PATH, json=BODY).headers["x-task-id"]
@@ -296,6 +365,7 @@ def test_a_callback_url_that_should_not_be_called_is_refused(
 
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "callback_url"
+    assert answer.json()["error"]["code"] == "invalid_callback_url"
 
 
 def test_a_callback_makes_a_task_and_a_delivery(gateway: LiveGateway) -> None:

@@ -102,7 +102,8 @@ class SqlQueue:
                 USUAL_OF_LAST_TASKS,
             )
         )
-        return int(row[0]) if row and row[0] is not None else None
+        # A clock that was set back makes tasks that ended before they started.
+        return max(0, int(row[0])) if row and row[0] is not None else None
 
     async def forget_tasks(self, before_ms: int, limit: int) -> Sequence[str]:
         """See ``Queue``."""
@@ -223,7 +224,7 @@ async def _tasks(
     rows = await tx.all(
         f"""SELECT t.id, t.variant, t.state, t.created_ms, t.started_ms, t.finished_ms,
             (SELECT COUNT(*) FROM results r WHERE r.task_id = t.id), t.error_json,
-            s.charged
+            s.charged, t.class
         FROM tasks t LEFT JOIN settlements s ON s.task_id = t.id
         WHERE {where} ORDER BY t.created_ms DESC, t.id DESC LIMIT $8 OFFSET $9""",  # noqa: S608
         *params,
@@ -234,7 +235,8 @@ async def _tasks(
 
 
 def _line(row: Row) -> TaskLine:
-    task_id, variant, state, created, started, finished, results, error, charged = row
+    task_id, variant, state, created, started, finished, *rest = row
+    results, error, charged, task_class = rest
     return TaskLine(
         id=task_id,
         variant=variant,
@@ -245,6 +247,7 @@ def _line(row: Row) -> TaskLine:
         results=results,
         has_error=error is not None,
         charged_nanocredits=charged,
+        task_class=task_class or "",
     )
 
 
