@@ -5,7 +5,6 @@ What is peculiar to its models and to an account is in ``Options``.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
@@ -228,9 +227,7 @@ class Fal:
             # Else fal tries again by itself, up to ten times, and hides its trouble.
             "x-fal-no-retry": "1",
             # A job that starts later would end when nobody waits any more.
-            "X-Fal-Request-Timeout": str(
-                max(START_MIN_S, math.ceil(job.deadline_s / 2))
-            ),
+            "X-Fal-Request-Timeout": str(max(START_MIN_S, int(job.patience_s / 2))),
         }
         if self.options.priority != "normal":
             headers["X-Fal-Queue-Priority"] = self.options.priority

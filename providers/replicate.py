@@ -202,12 +202,15 @@ class Replicate:
             check_edit(job, self.capabilities(job.model))
         loop = asyncio.get_running_loop()
         deadline_at_s = loop.time() + job.deadline_s
+        wanted_until_s = loop.time() + job.patience_s
         pictures = await self._pictures(job, deadline_at_s)
         call = self._call(
             "POST",
             f"{self._home}/models/{job.model}/predictions",
             deadline_at_s,
-            headers=self._patience(deadline_at_s - loop.time()),
+            headers=self._patience(
+                deadline_at_s - loop.time(), wanted_until_s - loop.time()
+            ),
             json={"input": job_input(job, self.options, pictures)},
         )
         limit_s = CREATE_MAX_S + self.options.wait_s
@@ -289,9 +292,9 @@ class Replicate:
             secret=secret,
         )
 
-    def _patience(self, left_s: float) -> dict[str, str]:
+    def _patience(self, left_s: float, wanted_for_s: float) -> dict[str, str]:
         # Stopped when nobody waits any more: what has not started is then free.
-        headers = {"Cancel-After": f"{max(int(left_s), CANCEL_AFTER_MIN_S)}s"}
+        headers = {"Cancel-After": f"{max(int(wanted_for_s), CANCEL_AFTER_MIN_S)}s"}
         wait_s = min(self.options.wait_s, int(left_s))
         if wait_s > 0:
             headers["Prefer"] = f"wait={wait_s}"

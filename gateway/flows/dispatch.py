@@ -593,7 +593,10 @@ class Dispatcher:
         provider = self.providers[call.offer.upstream]
         now_s = asyncio.get_running_loop().time()
         end_s = limit.when() or now_s
-        job = replace(call.job, deadline_s=end_s - now_s)
+        wanted_for_s = (call.order.deadline_ms - self.clock.monotonic_ms()) / 1000
+        job = replace(
+            call.job, deadline_s=end_s - now_s, wanted_for_s=max(0.0, wanted_for_s)
+        )
         on_partial = call.order.on_partial
         if progress.job_id is not None:
             step: Done | Pending = Pending(progress.job_id, 0.0)

@@ -212,7 +212,9 @@ class ImageJob:
     ``width_px`` and ``height_px`` are None where the model may choose. Fields that
     are None were not given and are not sent. ``expected`` is the gateway's own
     estimate for one picture of this job. ``task_id`` and ``seq`` together name one
-    call, for upstreams that take an idempotency key.
+    call, for upstreams that take an idempotency key. ``deadline_s`` is how long the
+    call may take, ``wanted_for_s`` how long the result is wanted for, in seconds from
+    the call, if the job is left pending; None: as long as the call.
     """
 
     task_id: str
@@ -236,6 +238,12 @@ class ImageJob:
     mask: InputFile | None = None
     partial_images: int = 0
     seq: int = 1
+    wanted_for_s: float | None = None
+
+    @property
+    def patience_s(self) -> float:
+        """How long an upstream may work on it before nobody waits any more."""
+        return self.deadline_s if self.wanted_for_s is None else self.wanted_for_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,6 +121,15 @@ async def test_an_edit_sends_its_pictures_as_data_uris(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+async def test_a_job_may_start_in_the_first_half_of_the_time_it_is_wanted(
+    tmp_path: Path,
+) -> None:
+    async with fal_upstream(tmp_path) as (upstream, simulator):
+        await pending(upstream, deadline_s=240.0, wanted_for_s=895.0)
+        headers = simulator.requests[0].headers
+    assert headers["x-fal-request-timeout"] == "447"
+
+
 def data_uri(kind: str, file: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(file).decode()}"
 

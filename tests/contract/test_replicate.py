@@ -135,6 +135,16 @@ async def test_a_plain_job_says_what_is_known_and_nothing_else(tmp_path: Path) -
     assert look.headers["authorization"] == f"Bearer {KEY}"
 
 
+async def test_a_prediction_may_run_for_as_long_as_it_is_wanted(
+    tmp_path: Path,
+) -> None:
+    # The attempt's own time only ends the call: what is pending is asked after.
+    async with replicate_upstream(tmp_path, wait_s=60) as (upstream, simulator):
+        close(await upstream.make(deadline_s=30.5, wanted_for_s=895.5))
+        headers = created(simulator)[0].headers
+    assert (headers["cancel-after"], headers["prefer"]) == ("895s", "wait=30")
+
+
 async def test_every_field_that_was_given_is_passed_on(tmp_path: Path) -> None:
     async with replicate_upstream(tmp_path) as (upstream, simulator):
         done = await upstream.make(

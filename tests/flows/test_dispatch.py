@@ -86,6 +86,19 @@ async def test_a_refused_request_is_not_tried_elsewhere(kind: FailureKind) -> No
     assert shop.upstreams["dear"].jobs == []
 
 
+async def test_an_upstream_hears_how_long_a_job_is_wanted_beyond_the_attempt() -> None:
+    shop = Shop({"cheap": ScriptedProvider(Pending("job-7"), delivered())})
+    order = replace(
+        shop.order(1), deadline_ms=shop.clock.monotonic_ms() + 4 * ATTEMPT_MAX_MS
+    )
+
+    await shop.dispatcher.buy(order)
+
+    (job,) = shop.upstreams["cheap"].jobs
+    assert job.deadline_s * 1000 == pytest.approx(ATTEMPT_MAX_MS)
+    assert job.wanted_for_s == 4 * ATTEMPT_MAX_MS / 1000
+
+
 async def test_an_attempt_is_written_down_before_it_is_sent() -> None:
     shop = Shop({"cheap": working()})
     seen: list[list[str]] = []
