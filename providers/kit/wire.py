@@ -74,6 +74,7 @@ class Call:
 
     ``deadline_at_s`` is a time of the event loop's clock. ``first_byte_max_s`` is how
     long head and start of the answer may each be awaited; None: until the deadline.
+    ``answer_max_s`` is how long the head may be awaited once the ``body`` is out.
     ``secret`` is only there to be kept out of error texts.
     """
 
@@ -84,6 +85,7 @@ class Call:
     json: object = None
     body: Body | None = field(default=None, repr=False)
     first_byte_max_s: float | None = None
+    answer_max_s: float | None = None
     secret: str = field(default="", repr=False)
 
     def within(self, limit_s: float) -> Call:
@@ -129,7 +131,7 @@ class Reply:
         body = self._response.aiter_bytes()
         # Some send the head at once and work then: the first byte may take as long
         # as the whole call.
-        idle_s = self._call.first_byte_max_s
+        idle_s = self._call.first_byte_max_s or self._call.answer_max_s
         while True:
             try:
                 async with asyncio.timeout(idle_s):
@@ -221,7 +223,7 @@ class Wire:
             raise ProviderError(
                 FailureKind.TIMEOUT, "no time was left to ask", billed=Billed.NO
             )
-        upload = _Upload(call.body, self._body_idle_s) if call.body else None
+        upload = _Upload(call, call.body, self._body_idle_s) if call.body else None
         try:
             async with asyncio.timeout_at(call.deadline_at_s):
                 async with asyncio.timeout(call.first_byte_max_s):
@@ -245,7 +247,7 @@ class Wire:
             ProviderError: RESULT_LOST, after as many tries as there are pauses.
         """
         _check_link(download)
-        lost = ProviderError(FailureKind.RESULT_LOST, "not tried")
+        lost = ProviderError(FailureKind.TIMEOUT, "no time was left to ask")
         for pause_s in self._download_pauses_s:
             now_s = asyncio.get_running_loop().time()
             if now_s + pause_s >= download.deadline_at_s:
@@ -315,8 +317,9 @@ class Wire:
 class _Upload:
     """Hands a body over once, and knows whether the last byte of it was."""
 
-    def __init__(self, body: Body, idle_s: float) -> None:
+    def __init__(self, call: Call, body: Body, idle_s: float) -> None:
         self._body = body
+        self._answer_max_s = call.answer_max_s
         self._idle_s = idle_s
         self._handed_over_bytes = 0
         self._limit: asyncio.Timeout | None = None
@@ -327,7 +330,7 @@ class _Upload:
 
     @asynccontextmanager
     async def watched(self) -> AsyncGenerator[None, None]:
-        """Give up, with TimeoutError, on an upstream that stops taking the body."""
+        """Give up, with TimeoutError, on one that stops taking it, or never answers."""
         async with asyncio.timeout(None) as limit:
             self._limit = limit
             try:
@@ -347,8 +350,8 @@ class _Upload:
 
     def _wind(self) -> None:
         if self._limit is not None:
-            now_s = asyncio.get_running_loop().time()
-            self._limit.reschedule(None if self.is_out else now_s + self._idle_s)
+            limit_s = self._answer_max_s if self.is_out else self._idle_s
+            self._limit.reschedule(None if limit_s is None else deadline_in(limit_s))
 
 
 def deadline_in(seconds: float) -> float:

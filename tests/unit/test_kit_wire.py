@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import socket
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -373,6 +374,20 @@ async def test_a_download_that_hangs_is_left_long_before_the_deadline(
     assert not list(tmp_path.iterdir())
 
 
+async def test_a_download_without_time_says_nothing_of_the_picture(
+    tmp_path: Path,
+) -> None:
+    async with wire() as one:
+        with pytest.raises(ProviderError) as caught:
+            await one.download(
+                a_download("http://127.0.0.1/1.png", left_s=0), SpoolFolder(tmp_path)
+            )
+    assert caught.value.kind is FailureKind.RESULT_LOST
+    cause = caught.value.__cause__
+    assert isinstance(cause, ProviderError)
+    assert cause.kind is FailureKind.TIMEOUT
+
+
 async def test_a_download_is_tried_again_and_carries_no_credential(
     tmp_path: Path,
 ) -> None:
@@ -596,6 +611,30 @@ async def test_an_upstream_may_think_long_once_it_has_the_body() -> None:
         call = replace(a_call(url), json=None, body=a_body())
         assert await body_of(one, call) == b"ok"
         await one.close()
+
+
+@pytest.mark.parametrize("head", [b"", OK.removesuffix(b"ok")])
+async def test_an_answer_that_does_not_come_may_have_its_own_limit(
+    head: bytes,
+) -> None:
+    one = Wire(4)
+    async with reading(WHOLE, head, hold_s=0 if head else 60) as url:
+        call = replace(a_call(url, deadline_s=3600), json=None, body=a_body())
+        error = await failure_of(one, replace(call, answer_max_s=0.05))
+        await one.close()
+    assert (error.kind, error.billed) == (FailureKind.TIMEOUT, Billed.MAYBE)
+
+
+async def test_the_limit_of_an_answer_leaves_the_upload_its_time() -> None:
+    def chunks() -> Iterator[bytes]:
+        for _ in range(12):
+            time.sleep(0.05)
+            yield bytes(10)
+
+    async with reading(120, OK) as url, wire() as one:
+        body = Body("application/x-test", 120, chunks)
+        call = replace(a_call(url), json=None, body=body, answer_max_s=0.5)
+        assert await body_of(one, call) == b"ok"
 
 
 async def test_an_answer_that_comes_before_the_whole_body_is_heard() -> None:
