@@ -6,8 +6,7 @@ What is peculiar to its models and to an account is in ``Options``.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, replace
 from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
 from functools import partial
@@ -33,12 +32,18 @@ from providers.kit.contract import (
     Pending,
     ProviderError,
 )
-from providers.kit.image_jobs import check_edit, unable
+from providers.kit.image_jobs import check_edit, unable, unfindable
 from providers.kit.images_api import Quality
 from providers.kit.json_bodies import json_body
-from providers.kit.pictures import collected, fetched, made
+from providers.kit.pictures import (
+    collected,
+    fetched,
+    hosts_of,
+    made,
+    of_a_download,
+)
 from providers.kit.probes import ask_in_vain
-from providers.kit.refusals import Refusal, judge
+from providers.kit.refusals import Refusal, judge, of_a_read
 from providers.kit.replies import (
     Fields,
     as_object,
@@ -60,7 +65,7 @@ UNITS_MAX = 1_000_000
 """A count of billable units beyond this is no count."""
 UNITS_MAX_CHARS = 32
 
-DOWNLOAD_HOSTS = frozenset({"fal.media", "v3.fal.media", "v3b.fal.media"})
+DOWNLOAD_DOMAINS = frozenset({"fal.media"})
 AUTO_SIZE_PX = (1024, 1024)
 """What is asked for where the model may choose: fal's own choice is 1024x768."""
 
@@ -71,6 +76,7 @@ _FIRST_FAMILY = re.compile(r"(?:.*/)?gpt-image-1(?:[.-][^/]*)?(?:/|$)")
 _FIRST_SIZES = frozenset({(1024, 1024), (1536, 1024), (1024, 1536)})
 _KNOWS_AUTO_QUALITY = re.compile(r"(?:.*/)?gpt-image-2\.")
 _THREE_QUALITIES = frozenset({"low", "medium", "high"})
+_REQUEST_ID = re.compile(r"[0-9A-Za-z_-]{1,64}")
 _STILL_AT_WORK = re.compile(r"(?i)still in progress")
 
 
@@ -81,9 +87,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     looked up in ``edit_models``; else it is that id with ``/edit`` at its end, in place
     of ``/text-to-image`` where there is one. ``edits`` and ``mask`` say whether it can
     do that, ``background`` whether it takes one (the gpt-image-1 family always does).
-    ``usage`` says whether to believe the reported tokens. ``download_hosts`` may be
-    asked for pictures, besides fal's own. Empty ``sizes`` and ``qualities`` mean:
-    what the model is known to take.
+    ``usage`` says whether to believe the reported tokens. ``download_hosts``, with
+    their subdomains, may be asked for pictures, besides fal's own. Empty ``sizes`` and
+    ``qualities`` mean: what the model is known to take.
     """
 
     edits: bool = True
@@ -145,12 +151,12 @@ class Fal:
     async def start(self, job: ImageJob) -> Done | Pending:
         """Put the job into the queue, once."""
         heard = await self._told(self._submission(job))
-        place = _place_of(heard.body, self.origin)
+        app = _app(endpoint(job, self.options))
+        place = _place_of(heard.body, self.account.base_url, app)
         if heard.is_success and place is not None:
             return Pending(msgspec.json.encode(place).decode(), POLL_RUNNING_S)
         if heard.is_success and not _says_why(heard.body):
-            detail = "no job that could be asked for at this host"
-            raise unreadable(detail, heard.status)
+            raise unreadable("no job that could be asked for", heard.status)
         raise self._refused(heard)
 
     def stream(self, job: ImageJob) -> AsyncGenerator[Partial | Done, None]:  # noqa: ARG002 - the contract's
@@ -164,47 +170,38 @@ class Fal:
         only its result tells.
         """
         place = _read_place(job_id)
-        with _job_is_out():
-            told = await self._status(job, place)
-            state = told.get("status")
-            if state == "IN_QUEUE":
-                return Pending(job_id, POLL_QUEUED_S, progress=0)
-            if state == "COMPLETED":
-                done = await self._result(job, place, told)
-                if done is not None:
-                    return done
+        told = await self._status(job, place)
+        state = told.get("status")
+        if state == "IN_QUEUE":
+            return Pending(job_id, POLL_QUEUED_S, progress=0)
+        if state == "COMPLETED":
+            done = await self._result(job, place, told)
+            if done is not None:
+                return done
         return Pending(job_id, POLL_RUNNING_S)
 
     async def cancel(self, job: ImageJob, job_id: str) -> Cancelled | None:
         """Take the job out of the queue, or ask for it to be stopped.
 
         One that waits is removed, and free. One that runs gets a signal, and may be
-        charged. Which it was is asked before: afterwards nothing tells.
+        charged. Nothing tells which it was, unless the answer counts units: a job that
+        waited a moment before may have started since.
         """
         place = _read_place(job_id)
-        with _job_is_out():
-            try:
-                state = (await self._status(job, place))["status"]
-            except ProviderError as error:
-                if error.ended:
-                    return None
-                raise
-            if state == "COMPLETED":
-                return None
-            heard = await self._told(self._look(job, "PUT", place.cancel))
-            if heard.status in _TOO_LATE:
-                return None
-            if not heard.is_success:
-                raise self._refused(heard)
-        return Cancelled(Billed.NO if state == "IN_QUEUE" else Billed.MAYBE)
+        heard = await self._read(self._look(job, "PUT", place.cancel))
+        heard.close()
+        if heard.status in _TOO_LATE:
+            return None
+        if not heard.is_success:
+            raise of_a_read(self._refused(heard))
+        return Cancelled(_billed_by_units(heard.headers) or Billed.MAYBE)
 
     async def probe(self, model: str, deadline_s: float) -> None:
         """Look at a job that cannot be: who has no key is not told that it is not."""
-        app = "/".join(model.split("/")[:2])
         base_url = self.account.base_url.rstrip("/")
         call = Call(
             "GET",
-            f"{base_url}/{app}/requests/{NO_REQUEST_ID}/status",
+            f"{base_url}/{_app(model)}/requests/{NO_REQUEST_ID}/status",
             deadline_in(deadline_s),
             headers=self._headers({}),
             secret=self.account.secret,
@@ -237,6 +234,8 @@ class Fal:
             deadline_in(job.deadline_s),
             headers=self._headers(headers),
             body=json_body(job_fields(job)),
+            # An id takes no time: a submit that hangs would take all of the attempt's.
+            answer_max_s=self.tools.wire.read_max_s,
             secret=self.account.secret,
         )
 
@@ -253,22 +252,19 @@ class Fal:
         return {"Authorization": f"Key {self.account.secret}", **more}
 
     async def _status(self, job: ImageJob, place: Place) -> Fields:
-        heard = await self._told(self._look(job, "GET", place.status))
-        if heard.status in _GONE:
-            raise _gone(heard, Billed.MAYBE)
+        heard = await self._read(self._look(job, "GET", place.status))
+        heard.close()
         if not heard.is_success:
-            raise self._refused(heard)
+            raise of_a_read(self._refused(heard))
         told = as_object(heard.body)
         if told.get("status") not in _STATES:
-            raise unreadable(
-                f"the status {str(told.get('status'))[:40]!r}", heard.status
-            )
+            detail = f"the status {told.get('status')!r}"
+            raise unreadable(detail, heard.status, self.account.secret)
         return told
 
     async def _result(self, job: ImageJob, place: Place, told: Fields) -> Done | None:
         """Fetch what a completed job has left; None: it is at work again."""
-        call = self._look(job, "GET", place.result)
-        heard = await self._hear(call)
+        heard = await self._read(self._look(job, "GET", place.result))
         try:
             if heard.is_at_work:
                 return None
@@ -298,10 +294,13 @@ class Fal:
         url = as_object(item).get("url")
         picture = heard.answer.take(url) if heard.answer else None
         if picture is None and isinstance(url, str) and "/" in url:
-            home = urlsplit(self.origin).hostname or ""
-            hosts = DOWNLOAD_HOSTS | self.options.download_hosts | {home}
+            domains = DOWNLOAD_DOMAINS | self.options.download_hosts
+            hosts = hosts_of(url, domains, self.origin)
             download = Download(url, hosts, deadline_at_s, secret=self.account.secret)
-            picture = await fetched(download, self.tools)
+            try:
+                picture = await fetched(download, self.tools)
+            except ProviderError as error:
+                raise of_a_download(error) from error
         return made(picture) if picture else None
 
     async def _told(self, call: Call) -> _Heard:
@@ -309,6 +308,12 @@ class Fal:
         heard = await self._hear(call)
         heard.close()
         return heard
+
+    async def _read(self, call: Call) -> _Heard:
+        try:
+            return await self._hear(call)
+        except ProviderError as error:
+            raise of_a_read(error) from error
 
     async def _hear(self, call: Call) -> _Heard:
         """Make a call and read its answer, pictures in it straight into spools."""
@@ -345,11 +350,12 @@ class Fal:
             why = {"detail": told.get("error"), "error_type": told.get("error_type")}
             heard = _Heard(_OK, {}, why)
         elif heard.status in _GONE:
-            return _gone(heard, Billed.YES)
+            return _gone(heard)
         error = self._refused(heard)
-        if failed or heard.is_of_a_job:
-            error.ended = True
-            error.billed = _billed(error, heard)
+        if not (failed or heard.is_of_a_job):
+            return of_a_read(error)
+        error.ended = True
+        error.billed = _billed(error, heard)
         return error
 
     def _why_nothing(
@@ -359,10 +365,10 @@ class Fal:
             return self._verdict(_Heard(heard.status, {}, None), told)
         if _says_why(heard.body):
             error = self._refused(heard)
+        elif lost is not None:
+            return lost
         elif heard.faults:
             error = unreadable(f"pictures: {'; '.join(heard.faults)}", heard.status)
-        elif lost is not None:
-            error = lost
         elif "images" not in as_object(heard.body):
             return unreadable("an object that is no result", heard.status)
         else:
@@ -510,25 +516,21 @@ class _Heard:
             self.answer.close()
 
 
-@contextmanager
-def _job_is_out() -> Iterator[None]:
-    """See to it that no failed read says that a job is free while it may be alive."""
-    try:
-        yield
-    except ProviderError as error:
-        if not error.ended and error.billed is Billed.NO:
-            error.billed = Billed.MAYBE
-        raise
-
-
 def _billed(error: ProviderError, heard: _Heard) -> Billed:
     """Tell whether a job that failed is charged: 5xx never is, 422 may be."""
-    units = _units_millionths(heard.headers)
-    if units is not None:
-        return Billed.YES if units else Billed.NO
+    told = _billed_by_units(heard.headers)
+    if told is not None:
+        return told
     stopped = (error.upstream_code or "").startswith("client_")
     refused = error.kind in _MAYBE_CHARGED and heard.status != _BAD_REQUEST
     return Billed.MAYBE if stopped or refused else Billed.NO
+
+
+def _billed_by_units(headers: Mapping[str, str]) -> Billed | None:
+    units = _units_millionths(headers)
+    if units is None:
+        return None
+    return Billed.YES if units else Billed.NO
 
 
 def _units_millionths(headers: Mapping[str, str]) -> int | None:
@@ -542,12 +544,11 @@ def _units_millionths(headers: Mapping[str, str]) -> int | None:
     return int((units * 1_000_000).to_integral_value(ROUND_HALF_UP))
 
 
-def _gone(heard: _Heard, billed: Billed) -> ProviderError:
+def _gone(heard: _Heard) -> ProviderError:
     return ProviderError(
         FailureKind.RESULT_LOST,
-        f"{heard.status}: fal does not know the job, or its result, any more",
+        f"{heard.status}: fal does not know the job's result any more",
         status=heard.status,
-        billed=billed,
         ended=True,
     )
 
@@ -556,25 +557,43 @@ def _read_place(job_id: str) -> Place:
     try:
         return msgspec.json.decode(job_id, type=Place)
     except (msgspec.DecodeError, UnicodeError) as error:
-        raise unable("this is no job of fal's queue") from error
+        raise unfindable("this is no job of fal's queue") from error
 
 
-def _place_of(body: object, origin: str) -> Place | None:
-    """Read where a job is asked for; None unless all of it is at the key's own host."""
+def _place_of(body: object, base_url: str, app: str) -> Place | None:
+    """Read where a job is asked for; None if nothing is told that finds it.
+
+    A link elsewhere is not followed, the key would go there: the documented one at
+    home finds the job, too.
+    """
     told = as_object(body)
-    urls = (told.get(f"{name}_url") for name in ("status", "response", "cancel"))
-    paths = (_path(url, origin) for url in urls)
+    request_id = told.get("request_id")
+    known = isinstance(request_id, str) and _REQUEST_ID.fullmatch(request_id)
+    home = f"{urlsplit(base_url).path.rstrip('/')}/{app}/requests/{request_id}"
+    paths = [
+        _path(told.get(f"{name}_url"), base_url) or (f"{home}{end}" if known else None)
+        for name, end in (
+            ("status", "/status"),
+            ("response", ""),
+            ("cancel", "/cancel"),
+        )
+    ]
     try:
-        return msgspec.convert([told.get("request_id"), *paths], Place)
+        return msgspec.convert([request_id, *paths], Place)
     except msgspec.ValidationError:
         return None
 
 
-def _path(url: object, origin: str) -> str | None:
-    if not is_at_home(url, origin):
+def _path(url: object, base_url: str) -> str | None:
+    if not is_at_home(url, base_url):
         return None
     parts = urlsplit(url)
     return f"{parts.path}?{parts.query}" if parts.query else parts.path
+
+
+def _app(model: str) -> str:
+    """Name whose a request is: owner and app, the path of an endpoint left out."""
+    return "/".join(model.split("/")[:2])
 
 
 def _says_why(body: object) -> bool:

@@ -11,9 +11,7 @@ import re
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from http import HTTPStatus
 from typing import Annotated, Literal, get_args
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -34,7 +32,7 @@ from providers.kit.contract import (
     Pending,
     ProviderError,
 )
-from providers.kit.image_jobs import check_edit, size_word, unable
+from providers.kit.image_jobs import check_edit, size_word, unable, unfindable
 from providers.kit.images_api import Background
 from providers.kit.multipart import FormFile, form
 from providers.kit.payloads import base64_chunks, raw_length
@@ -42,11 +40,18 @@ from providers.kit.pictures import (
     collected,
     described,
     fetched,
-    hosts_for,
+    hosts_of,
     made,
+    of_a_download,
 )
 from providers.kit.probes import ask
-from providers.kit.refusals import Refusal, judge, refusal
+from providers.kit.refusals import (
+    Refusal,
+    judge,
+    of_a_read,
+    of_an_upload,
+    refusal,
+)
 from providers.kit.replies import Fields, as_object, read_object, unreadable
 from providers.kit.spool import Spool
 from providers.kit.wire import (
@@ -87,17 +92,6 @@ _OUR_WORDS = re.compile(
     r"|output_compression|moderation|user_id|additional propert(?:y|ies))\b"
 )
 """Inputs that hold what the gateway has checked: refused, they are unknown here."""
-_READ_KINDS = frozenset(
-    {
-        FailureKind.NETWORK,
-        FailureKind.TIMEOUT,
-        FailureKind.BAD_GATEWAY,
-        FailureKind.OVERLOADED,
-        FailureKind.RATE_LIMITED,
-        FailureKind.AUTH,
-        FailureKind.INSUFFICIENT_FUNDS,
-    }
-)
 
 Quality = Literal["auto", "low", "medium", "high", "xhigh", "max"]
 Size = Annotated[
@@ -324,7 +318,7 @@ class Replicate:
             async with self.tools.wire.exchange(call.within(UPLOAD_MAX_S)) as reply:
                 told = await _told(reply, call)
         except ProviderError as error:
-            raise _of_an_upload(error) from error
+            raise of_an_upload(error) from error
         url = as_object(told.get("urls")).get("get")
         if not is_at_home(url, self.account.base_url):
             raise ProviderError(
@@ -348,7 +342,7 @@ class Replicate:
         try:
             return await self._asked(call.within(self.tools.wire.read_max_s))
         except ProviderError as error:
-            raise _of_a_read(error) from error
+            raise of_a_read(error) from error
 
     def _job_id(self, prediction: Prediction) -> str:
         # A URL elsewhere is not followed: the documented one at home finds it too.
@@ -367,12 +361,12 @@ class Replicate:
         try:
             job = msgspec.json.decode(job_id, type=JobId)
         except (msgspec.DecodeError, UnicodeError) as error:
-            raise unable("this is no prediction") from error
+            raise unfindable("this is no prediction") from error
         # The base URL may have been changed since.
         if not all(
             is_at_home(url, self.account.base_url) for url in (job.get, job.cancel)
         ):
-            raise unable("this prediction is at another host")
+            raise unfindable("this prediction is at another host")
         return job
 
     async def _end(
@@ -402,13 +396,12 @@ class Replicate:
         try:
             if link.startswith("data:"):
                 return made(described(self._written(link)))
-            home = urlsplit(self.account.base_url).hostname or ""
             domains = self.options.download_hosts
-            hosts = hosts_for(link, domains | {home}, domains)
+            hosts = hosts_of(link, domains, self.account.base_url)
             download = Download(link, hosts, deadline_at_s, secret=self.account.secret)
             return made(await fetched(download, self.tools))
         except ProviderError as error:
-            raise _of_a_picture(error) from error
+            raise of_a_download(error) from error
 
     def _written(self, uri: str) -> Spool:
         head, _, text = uri.partition(",")
@@ -475,57 +468,6 @@ def _refused(reply: Reply, body: bytes, call: Call) -> ProviderError:
         error.kind = FailureKind.UNSUPPORTED
         error.client_message = None
     return error
-
-
-def _of_an_upload(error: ProviderError) -> ProviderError:
-    """Say of a failed upload that nothing was bought, whatever happened to it."""
-    kind = {
-        FailureKind.TIMEOUT: FailureKind.NETWORK,
-        FailureKind.INVALID_REQUEST: FailureKind.UNSUPPORTED,
-    }.get(error.kind, error.kind)
-    return ProviderError(
-        kind,
-        f"the upload of a reference: {error.detail}",
-        status=error.status,
-        upstream_code=error.upstream_code,
-        retry_after_s=error.retry_after_s,
-        billed=Billed.NO,
-    )
-
-
-def _of_a_read(error: ProviderError) -> ProviderError:
-    """Say of a failed read that the job may run on, and be charged for."""
-    known = error.kind in _READ_KINDS
-    # One that was just created may not be known everywhere yet.
-    ended = not known and error.status != HTTPStatus.NOT_FOUND
-    return ProviderError(
-        error.kind if known else FailureKind.BAD_GATEWAY,
-        f"asking after a prediction: {error.detail}",
-        status=error.status,
-        upstream_code=error.upstream_code,
-        retry_after_s=error.retry_after_s,
-        billed=Billed.MAYBE,
-        ended=ended,
-    )
-
-
-def _of_a_picture(error: ProviderError) -> ProviderError:
-    """Tell a picture that is gone from one that cannot be fetched just now."""
-    cause = error.__cause__
-    status = error.status or 0
-    unreachable = isinstance(cause, ProviderError) and cause.kind in {
-        FailureKind.NETWORK,
-        FailureKind.TIMEOUT,
-    }
-    busy = status in {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
-    if unreachable or busy or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        return ProviderError(
-            FailureKind.BAD_GATEWAY,
-            error.detail,
-            status=error.status,
-            billed=Billed.YES,
-        )
-    return _lost(error.detail, error.status)
 
 
 def _lost(detail: str, status: int | None = None) -> ProviderError:

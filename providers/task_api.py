@@ -41,13 +41,13 @@ from providers.kit.contract import (
     Pending,
     ProviderError,
 )
-from providers.kit.image_jobs import check_edit, unable
+from providers.kit.image_jobs import check_edit, unable, unfindable
 from providers.kit.images_api import Background, Quality
 from providers.kit.json_bodies import json_body
 from providers.kit.multipart import FormFile, form
-from providers.kit.pictures import collected, fetched, hosts_for, made
+from providers.kit.pictures import collected, fetched, hosts_of, made, of_a_download
 from providers.kit.probes import ask, ask_in_vain, is_used_up
-from providers.kit.refusals import Refusal, judge
+from providers.kit.refusals import Refusal, judge, of_a_read, of_an_upload
 from providers.kit.replies import Fields, as_object, decoded, read_answer, unreadable
 from providers.kit.usages import read_usage
 from providers.kit.wire import (
@@ -68,7 +68,6 @@ REPLAY_PAUSE_S = 0.5
 CREDITS_PER_USD = 68
 """EvoLink's rate: 6.8 CNY are 1 USD, 10 credits are 1 CNY."""
 NANOUSD_PER_USD = 10**9
-MILLIONTHS = 10**6
 AMOUNT_MAX = Decimal(10**9)
 """An amount of money or credits beyond this is none."""
 PROGRESS_MAX = 100
@@ -238,9 +237,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     ``submit_path`` and ``task_path`` stand behind the base URL; ``{id}`` in the latter
     is the task's. ``files_url`` is where references are uploaded to. ``references``
-    says how they are handed over. ``download_hosts`` may be asked for pictures, besides
-    the base URL's own host and the dialect's. Options that are not given are as usual
-    for the dialect; empty ``sizes`` and ``qualities`` mean: any.
+    says how they are handed over. ``download_hosts``, with their subdomains, may be
+    asked for pictures, besides the base URL's own host and the dialect's. Options that
+    are not given are as usual for the dialect; empty ``sizes`` and ``qualities`` mean:
+    any.
     """
 
     dialect: Literal["evolink", "apimart", "new-api"] = "evolink"
@@ -361,7 +361,7 @@ class TaskApi:
         """Look at a task, and fetch its pictures when it has ended."""
         end_s = deadline_in(job.deadline_s)
         if not _TASK_ID.fullmatch(job_id):
-            raise unable("no task has such an id")
+            raise unfindable("no task has such an id")
         path = self.dialect.task_path.replace("{id}", job_id)
         call = self._call("GET", self._url(path), end_s).within(
             self.tools.wire.read_max_s
@@ -369,7 +369,7 @@ class TaskApi:
         try:
             answer, reply = await self._asked(call)
         except ProviderError as error:
-            raise _unread(error) from error
+            raise of_a_read(error) from error
         try:
             return await self._looked_at(_Look(job, job_id, answer, reply, end_s))
         finally:
@@ -429,11 +429,7 @@ class TaskApi:
         except OSError as error:
             raise unreadable_file(error) from error
         except ProviderError as error:
-            # Nothing is bought before the task is submitted.
-            if error.kind is FailureKind.TIMEOUT:
-                error.kind = FailureKind.NETWORK
-            error.billed = Billed.NO
-            raise
+            raise of_an_upload(error) from error
 
     def _file_url(self, body: object, reply: Reply) -> str:
         url = _text(body, ("data.file_url",))
@@ -477,7 +473,7 @@ class TaskApi:
         if state:
             told = scrub(f"a state that nobody knows: {state!r}", self.account.secret)
             error.detail = told
-        raise _unread(error)
+        raise of_a_read(error)
 
     async def _done(self, look: _Look) -> Done:
         found = [
@@ -497,7 +493,6 @@ class TaskApi:
             # The usage of a picture that cannot be delivered is not the tenant's.
             usage=read_usage(usage) if lost is None else None,
             cost_nanousd=self._cost_nanousd(look.task, spent),
-            units_millionths=None if spent is None else _ceil(spent * MILLIONTHS),
             upstream_request_id=_request_id(look.reply),
             background=look.job.background,
         )
@@ -505,14 +500,14 @@ class TaskApi:
     async def _image(self, look: _Look, one: str) -> MadeImage:
         picture = look.answer.take(one)
         if picture is None:
-            home = urlsplit(self.account.base_url).hostname or ""
-            hosts = hosts_for(
-                one, self.options.download_hosts | {home}, self.dialect.hosts
-            )
+            domains = self.options.download_hosts | frozenset(self.dialect.hosts)
+            hosts = hosts_of(one, domains, self.account.base_url)
             secret = self.account.secret
-            picture = await fetched(
-                Download(one, hosts, look.end_s, secret=secret), self.tools
-            )
+            download = Download(one, hosts, look.end_s, secret=secret)
+            try:
+                picture = await fetched(download, self.tools)
+            except ProviderError as error:
+                raise of_a_download(error) from error
         return made(picture)
 
     def _cost_nanousd(self, task: Fields, spent: Decimal | None) -> int | None:
@@ -630,29 +625,6 @@ def _size(job: ImageJob, sizes: frozenset[tuple[int, int]]) -> str | None:
     if sizes == _BY_RATIO:
         return _RATIOS[job.width_px, job.height_px]
     return f"{job.width_px}x{job.height_px}"
-
-
-def _unread(error: ProviderError) -> ProviderError:
-    """Say of a look that failed that the task was taken, and may be charged.
-
-    What the upstream refuses is the look, so it is nobody's request that is wrong.
-    """
-    money = {FailureKind.AUTH, FailureKind.INSUFFICIENT_FUNDS}
-    passing = {
-        FailureKind.NETWORK,
-        FailureKind.TIMEOUT,
-        FailureKind.OVERLOADED,
-        FailureKind.RATE_LIMITED,
-    }
-    kind = error.kind if error.kind in money | passing else FailureKind.BAD_GATEWAY
-    return ProviderError(
-        kind,
-        error.detail,
-        status=error.status,
-        upstream_code=error.upstream_code,
-        retry_after_s=error.retry_after_s,
-        billed=Billed.MAYBE,
-    )
 
 
 def _nothing(look: _Look) -> ProviderError:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 
 from providers.kit.contract import (
+    Billed,
     Capabilities,
     FailureKind,
     ImageJob,
@@ -91,6 +92,11 @@ def check_edit(job: ImageJob, capable: Capabilities) -> None:
 def unable(detail: str) -> ProviderError:
     """Say that this offer cannot do it."""
     return ProviderError(FailureKind.UNSUPPORTED, detail)
+
+
+def unfindable(detail: str) -> ProviderError:
+    """Say that a job is out which cannot be asked after here; it may be charged for."""
+    return ProviderError(FailureKind.UNSUPPORTED, detail, billed=Billed.MAYBE)
 
 
 def size_word(job: ImageJob) -> str:

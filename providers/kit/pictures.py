@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Iterable
+from http import HTTPStatus
 from typing import TypeVar
 from urllib.parse import urlsplit
 
 from providers.kit.answers import Picture
-from providers.kit.contract import FailureKind, MadeImage, ProviderError
+from providers.kit.contract import Billed, FailureKind, MadeImage, ProviderError
 from providers.kit.images import NotAnImageError, read_payload_header
 from providers.kit.spool import Spool
 from providers.kit.wire import Download, Tools
 
 T = TypeVar("T")
+
+_BUSY = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})
 
 
 async def collected(
@@ -48,6 +51,28 @@ async def fetched(download: Download, tools: Tools) -> Picture:
     return described(await tools.wire.download(download, tools.spools))
 
 
+def of_a_download(error: ProviderError) -> ProviderError:
+    """Tell a picture of a job that is gone from one that is out of reach for now.
+
+    Its link lives on at the upstream, and the picture is paid for: BAD_GATEWAY is
+    worth another look, RESULT_LOST has ended the job.
+    """
+    cause = error.__cause__
+    unreachable = isinstance(cause, ProviderError) and cause.kind in {
+        FailureKind.NETWORK,
+        FailureKind.TIMEOUT,
+    }
+    status = error.status or 0
+    away = unreachable or status in _BUSY or status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    return ProviderError(
+        FailureKind.BAD_GATEWAY if away else FailureKind.RESULT_LOST,
+        error.detail,
+        status=error.status,
+        billed=Billed.YES,
+        ended=not away,
+    )
+
+
 def described(spool: Spool) -> Picture:
     """Read what a file is; it is closed when it is no picture.
 
@@ -74,10 +99,13 @@ def made(picture: Picture, revised_prompt: object = None) -> MadeImage:
     )
 
 
-def hosts_for(
-    url: str, hosts: frozenset[str], domains: Collection[str]
-) -> frozenset[str]:
-    """Tell who may be asked for a picture: ``hosts``, and this one below a domain."""
+def hosts_of(url: str, domains: Collection[str], home: str) -> frozenset[str]:
+    """Tell who may be asked for the picture that a URL links to.
+
+    These are the host of the base URL ``home``, the domains, and the URL's own host if
+    it is below one of them.
+    """
+    hosts = frozenset(domains) | {urlsplit(home).hostname or ""}
     try:
         host = (urlsplit(url).hostname or "").lower()
     except ValueError:

@@ -103,7 +103,55 @@ def judge(
     )
 
 
+def of_a_read(error: ProviderError) -> ProviderError:
+    """Say of a look at a job that failed that the job may run on, and be charged for.
+
+    What is refused is the look alone: it ends no job, and no client's request is wrong.
+    """
+    return ProviderError(
+        error.kind if error.kind in _OF_THE_ASKING else FailureKind.BAD_GATEWAY,
+        f"asking after a job: {error.detail}",
+        status=error.status,
+        upstream_code=error.upstream_code,
+        retry_after_s=error.retry_after_s,
+        billed=Billed.MAYBE,
+    )
+
+
+def of_an_upload(error: ProviderError) -> ProviderError:
+    """Say of an upload before a job that failed that nothing was bought.
+
+    A file that is refused was checked by the gateway: another upstream may take it.
+    """
+    kind = {
+        FailureKind.TIMEOUT: FailureKind.NETWORK,
+        FailureKind.INVALID_REQUEST: FailureKind.UNSUPPORTED,
+    }.get(error.kind, error.kind)
+    policy = kind is FailureKind.CONTENT_POLICY
+    return ProviderError(
+        kind,
+        f"the upload of a reference: {error.detail}",
+        status=error.status,
+        upstream_code=error.upstream_code,
+        retry_after_s=error.retry_after_s,
+        billed=Billed.NO,
+        client_message=error.client_message if policy else None,
+    )
+
+
 _K = FailureKind
+_OF_THE_ASKING = frozenset(
+    {
+        _K.NETWORK,
+        _K.TIMEOUT,
+        _K.BAD_GATEWAY,
+        _K.OVERLOADED,
+        _K.RATE_LIMITED,
+        _K.AUTH,
+        _K.INSUFFICIENT_FUNDS,
+    }
+)
+"""What can be wrong with asking, whatever becomes of the job."""
 _KIND_BY_CODE: Mapping[str, FailureKind] = {
     "moderation_blocked": _K.CONTENT_POLICY,
     "content_policy_violation": _K.CONTENT_POLICY,

@@ -82,6 +82,7 @@ TASK = Case(
         idempotent=frozenset({Operation.GENERATE}),
     ),
     secret=KEY,
+    bad_file=K.UNSUPPORTED,
     look_step="poll",
     wrong_options=[
         ({"nope": 1}, "nope"),

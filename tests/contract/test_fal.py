@@ -40,8 +40,6 @@ from tests.simulators.server import Fault
 EDIT = Operation.EDIT
 NO, MAYBE, YES = Billed.NO, Billed.MAYBE, Billed.YES
 FIRST = "fal-ai/gpt-image-1.5"
-HANGING_S = 20
-"""After so long a call that was to be left has not been."""
 
 
 def body_of(simulator: FalSimulator) -> Any:
@@ -319,26 +317,111 @@ async def test_a_read_that_fails_can_be_repeated(
         assert upstream.files() == 0
 
 
+async def test_a_result_that_fal_has_forgotten_is_lost(tmp_path: Path) -> None:
+    async with fal_upstream(tmp_path) as (upstream, simulator):
+        simulator.script(Fault("result", status=404, body={"status": "NOT_FOUND"}))
+        error = await upstream.failure()
+    assert (error.kind, error.billed, error.ended) == (K.RESULT_LOST, YES, True)
+
+
+SENSITIVE = {"detail": "flagged by moderation as sensitive"}
+
+
 @pytest.mark.parametrize(
-    ("on", "billed"), [("status", MAYBE), ("result", YES)], ids=str
+    ("fault", "kind"),
+    [
+        (Fault("status", status=401, body={"detail": "no"}), K.AUTH),
+        (Fault("status", status=403, body={"detail": "no"}), K.AUTH),
+        (Fault("status", status=402, body={"detail": "no"}), K.INSUFFICIENT_FUNDS),
+        (Fault("status", status=400, body={"detail": "bad"}), K.BAD_GATEWAY),
+        (Fault("status", status=403, body=SENSITIVE), K.BAD_GATEWAY),
+        (Fault("status", status=404, body={"status": "NOT_FOUND"}), K.BAD_GATEWAY),
+        (Fault("status", status=410, body={}), K.BAD_GATEWAY),
+        (Fault("status", status=422, body={"detail": "bad"}), K.BAD_GATEWAY),
+        (Fault("result", status=401, body={"detail": "no"}), K.AUTH),
+        (Fault("result", status=403, body=SENSITIVE), K.BAD_GATEWAY),
+        (Fault("result", status=405, body={"detail": "no"}), K.BAD_GATEWAY),
+    ],
+    ids=str,
 )
-async def test_a_job_that_fal_has_forgotten_is_lost(
-    on: str, billed: Billed, tmp_path: Path
+async def test_a_look_that_is_refused_says_nothing_of_the_job(
+    fault: Fault, kind: FailureKind, tmp_path: Path
 ) -> None:
     async with fal_upstream(tmp_path) as (upstream, simulator):
-        simulator.script(Fault(on, status=404, body={"status": "NOT_FOUND"}))
-        error = await upstream.failure()
-    assert (error.kind, error.billed, error.ended) == (K.RESULT_LOST, billed, True)
+        step: Done | Pending = await pending(upstream)
+        simulator.script(fault)
+        error = await first_failure(upstream, step)
+        assert (error.kind, error.billed, error.ended) == (kind, MAYBE, False)
+        assert error.client_message is None
+        close(await finished(upstream, step))
+        assert len(simulator.purchases) == 1
 
 
-@pytest.mark.parametrize("status", [401, 403])
-async def test_a_key_that_is_revoked_meanwhile_leaves_the_bill_open(
-    status: int, tmp_path: Path
-) -> None:
+async def first_failure(upstream: Upstream, step: Done | Pending) -> ProviderError:
+    with pytest.raises(ProviderError) as caught:
+        await finished(upstream, step)
+    return caught.value
+
+
+async def test_a_secret_in_a_status_is_not_told(tmp_path: Path) -> None:
     async with fal_upstream(tmp_path) as (upstream, simulator):
-        simulator.script(Fault("status", status=status, body={"detail": "no"}))
+        told = {"status": f"{KEY} is waiting"}
+        simulator.script(Fault("status", status=200, body=told))
         error = await upstream.failure()
-    assert (error.kind, error.billed) == (K.AUTH, MAYBE)
+    assert "is waiting" in error.detail
+    assert KEY[:20] not in error.detail
+
+
+@pytest.mark.parametrize("answer", ["foreign", "no_links"])
+async def test_a_link_elsewhere_is_not_followed_and_the_job_not_lost(
+    answer: str, tmp_path: Path
+) -> None:
+    model = "openai/gpt-image-2.5/flare/text-to-image"
+    async with fal_upstream(tmp_path) as (upstream, simulator):
+        simulator.script(Fault(answer=answer))
+        step = await pending(upstream, model=model)
+        done = await finished(upstream, step)
+        close(done)
+        asked = [seen.path for seen in simulator.requests[1:]]
+        home = f"/openai/gpt-image-2.5/requests/{done.upstream_request_id}"
+        assert set(asked) == {f"{home}/status", home}
+        await upstream.provider.cancel(upstream.job(), step.job_id)
+        assert simulator.requests[-1].path == f"{home}/cancel"
+        assert len(simulator.purchases) == 1
+
+
+async def test_a_job_behind_a_path_is_asked_for_there(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request.url.path)
+        told = {"request_id": "r-1", "status_url": "https://queue.fal.run/x"}
+        return httpx.Response(
+            200, json=told if request.method == "POST" else {"status": "IN_QUEUE"}
+        )
+
+    async with tools(tmp_path, httpx.MockTransport(answer)) as given:
+        account = an_account(base_url="http://proxy.test/fal/")
+        provider = PROVIDERS["fal"](account, given)
+        step = await provider.start(a_job(model=MODEL))
+        assert isinstance(step, Pending)
+        await provider.poll(a_job(model=MODEL), step.job_id)
+    assert seen == [f"/fal/{MODEL}", f"/fal/{MODEL}/requests/r-1/status"]
+
+
+async def test_a_submit_that_hangs_is_left_long_before_the_deadline(
+    tmp_path: Path,
+) -> None:
+    async with (
+        fal_upstream(tmp_path) as (upstream, simulator),
+        tools(tmp_path, read_max_s=0.05) as impatient,
+    ):
+        simulator.script(Fault(hang=True))
+        provider = PROVIDERS["fal"](upstream.account, impatient)
+        with pytest.raises(ProviderError) as caught:
+            await provider.start(upstream.job(deadline_s=3600.0))
+    error = caught.value
+    assert (error.kind, error.billed, error.ended) == (K.TIMEOUT, MAYBE, False)
 
 
 # --- what comes of it ---
@@ -385,7 +468,7 @@ TIMED_OUT = {"X_Fal_Request_Timeout_Type": "user"}
         tried(Fault(answer="html"), K.BAD_GATEWAY, MAYBE, 1),
         tried(Fault(answer="error"), K.BAD_GATEWAY, MAYBE, 1),
         tried(Fault(answer="nothing"), K.BAD_GATEWAY, MAYBE, 1),
-        tried(Fault(answer="foreign"), K.BAD_GATEWAY, MAYBE, 1),
+        tried(Fault(answer="foreign_id"), K.BAD_GATEWAY, MAYBE, 1),
         tried(Fault(answer="big"), K.BAD_GATEWAY, MAYBE, 1),
         # The job completes, and is an error.
         tried(broken(400, "bad_request"), K.INVALID_REQUEST, NO),
@@ -602,6 +685,74 @@ async def test_a_download_is_tried_again(tmp_path: Path) -> None:
         assert not simulator.faults
 
 
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (Fault("file", status=503), K.BAD_GATEWAY),
+        (Fault("file", status=429), K.BAD_GATEWAY),
+        (Fault("file", close="mid_body"), K.BAD_GATEWAY),
+        (Fault("file", status=403), K.RESULT_LOST),
+        (Fault("file", status=404), K.RESULT_LOST),
+        (Fault("file", status=410), K.RESULT_LOST),
+    ],
+    ids=str,
+)
+async def test_a_picture_that_is_gone_is_lost_and_one_out_of_reach_is_not(
+    fault: Fault, kind: FailureKind, tmp_path: Path
+) -> None:
+    async with fal_upstream(tmp_path) as (upstream, simulator):
+        step = await pending(upstream)
+        simulator.script(fault, fault, fault)
+        error = await first_failure(upstream, step)
+        assert (error.kind, error.billed) == (kind, YES)
+        assert error.ended is (kind is K.RESULT_LOST)
+        assert upstream.files() == 0
+        # It is there again, and still the same purchase.
+        close(await finished(upstream, step))
+        assert len(simulator.purchases) == 1
+
+
+@pytest.mark.parametrize(
+    ("link", "asked"),
+    [
+        ("https://fal.media/1.png", True),
+        ("https://v3b.fal.media/1.png", True),
+        ("https://v4.fal.media/1.png", True),
+        ("https://eu.pictures.test/1.png", True),
+        ("https://upstream.test/1.png", True),
+        ("https://notfal.media/1.png", False),
+        ("https://fal.media.elsewhere.test/1.png", False),
+    ],
+)
+async def test_pictures_are_only_fetched_from_known_domains(
+    link: str, asked: bool, tmp_path: Path
+) -> None:
+    seen: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/status"):
+            return httpx.Response(200, json={"status": "COMPLETED"})
+        if "/requests/" in request.url.path:
+            return httpx.Response(200, json={"images": [{"url": link}]})
+        seen.append(request)
+        return httpx.Response(200, content=png(64, 32))
+
+    job_id = '["r", "/a/b/requests/r/status", "/a/b/requests/r", "/c"]'
+    async with tools(tmp_path, httpx.MockTransport(answer)) as given:
+        account = an_account(options={"download_hosts": ["pictures.test"]})
+        provider = PROVIDERS["fal"](account, given)
+        if asked:
+            done = await provider.poll(a_job(), job_id)
+            assert isinstance(done, Done)
+            close(done)
+        else:
+            with pytest.raises(ProviderError) as caught:
+                await provider.poll(a_job(), job_id)
+            assert (caught.value.kind, caught.value.ended) == (K.RESULT_LOST, True)
+    assert bool(seen) is asked
+    assert all("authorization" not in request.headers for request in seen)
+
+
 async def test_units_and_tokens_are_told_as_they_were_counted(tmp_path: Path) -> None:
     async with fal_upstream(tmp_path) as (upstream, simulator):
         done = await upstream.make(width_px=1024, height_px=1024, quality="high")
@@ -659,18 +810,30 @@ async def test_a_usage_can_be_ignored(tmp_path: Path) -> None:
 # --- cancelling ---
 
 
-async def test_a_job_that_waits_is_cancelled_for_free(tmp_path: Path) -> None:
+async def test_a_job_that_waited_is_stopped_and_nobody_knows_whether_it_ran(
+    tmp_path: Path,
+) -> None:
     async with fal_upstream(tmp_path) as (upstream, simulator):
         simulator.busy = True
         job_id = (await pending(upstream)).job_id
+        await upstream.provider.poll(upstream.job(), job_id)
+        # A runner is free just now, for all that we know.
         stopped = await upstream.provider.cancel(upstream.job(), job_id)
-        assert stopped == Cancelled(NO)
-        simulator.busy = False
-        with pytest.raises(ProviderError) as caught:
-            await upstream.provider.poll(upstream.job(), job_id)
-        assert (caught.value.kind, caught.value.ended) == (K.RESULT_LOST, True)
+        assert stopped == Cancelled(MAYBE)
         assert not simulator.purchases
         assert await upstream.provider.cancel(upstream.job(), job_id) is None
+
+
+@pytest.mark.parametrize(("units", "billed"), [("0", NO), ("0.02", YES)])
+async def test_units_on_a_cancel_tell_whether_it_is_charged(
+    units: str, billed: Billed, tmp_path: Path
+) -> None:
+    async with fal_upstream(tmp_path) as (upstream, simulator):
+        job_id = (await pending(upstream)).job_id
+        headers = {"x-fal-billable-units": units}
+        simulator.script(Fault("cancel", status=202, body={}, headers=headers))
+        stopped = await upstream.provider.cancel(upstream.job(), job_id)
+        assert stopped == Cancelled(billed)
 
 
 async def test_a_job_that_runs_may_be_charged_though_cancelled(tmp_path: Path) -> None:
@@ -687,11 +850,10 @@ async def test_a_job_that_runs_may_be_charged_though_cancelled(tmp_path: Path) -
 
 
 async def test_a_job_that_has_ended_is_not_cancelled(tmp_path: Path) -> None:
-    async with fal_upstream(tmp_path) as (upstream, simulator):
+    async with fal_upstream(tmp_path) as (upstream, _):
         job_id = (await pending(upstream)).job_id
         await upstream.provider.poll(upstream.job(), job_id)
         assert await upstream.provider.cancel(upstream.job(), job_id) is None
-        assert "PUT" not in [seen.method for seen in simulator.requests]
         close(await finished(upstream, Pending(job_id)))
 
 
@@ -734,7 +896,9 @@ async def test_only_paths_at_the_keys_own_host_are_ever_asked(
         for ask in (upstream.provider.poll, upstream.provider.cancel):
             with pytest.raises(ProviderError) as caught:
                 await ask(upstream.job(), job_id)
-            assert caught.value.kind is K.UNSUPPORTED
+            error = caught.value
+            # The job is out, wherever it is.
+            assert (error.kind, error.billed) == (K.UNSUPPORTED, MAYBE)
         assert not simulator.requests
 
 

@@ -120,15 +120,15 @@ async def test_the_references_can_be_used_again_by_the_next_upstream(
 
 
 @those(edits)
-async def test_a_reference_that_is_no_picture_is_the_clients_fault(
+async def test_a_reference_that_is_no_picture_is_refused(
     case: Case, tmp_path: Path
 ) -> None:
     async with case.connect(tmp_path) as upstream:
         reference = an_input(upstream.spools, b"not a picture" * 100)
         error = await upstream.failure(operation=EDIT, references=(reference,))
-        billed = case.failures[K.INVALID_REQUEST]
-        assert (error.kind, error.billed) == (K.INVALID_REQUEST, billed)
-        assert error.client_message
+        billed = case.failures[case.bad_file]
+        assert (error.kind, error.billed) == (case.bad_file, billed)
+        assert bool(error.client_message) is (case.bad_file is K.INVALID_REQUEST)
         assert upstream.purchases() == 0
         close(reference)
 

@@ -538,26 +538,30 @@ async def test_a_read_that_fails_can_be_repeated(
 
 
 @pytest.mark.parametrize(
-    ("fault", "kind", "ended"),
+    ("fault", "kind"),
     [
-        (Fault(on="poll", status=401, body={"detail": "no"}), K.AUTH, False),
-        (Fault(on="poll", status=402), K.INSUFFICIENT_FUNDS, False),
-        (Fault(on="poll", status=403), K.AUTH, False),
-        (Fault(on="poll", status=404, body={"detail": "no"}), K.BAD_GATEWAY, False),
-        (Fault(on="poll", status=410, body={"detail": "no"}), K.BAD_GATEWAY, True),
-        (Fault(on="poll", status=422, body={"detail": "no"}), K.BAD_GATEWAY, True),
+        (Fault(on="poll", status=401, body={"detail": "no"}), K.AUTH),
+        (Fault(on="poll", status=402), K.INSUFFICIENT_FUNDS),
+        (Fault(on="poll", status=403), K.AUTH),
+        (Fault(on="poll", status=403, body={"detail": "flagged"}), K.BAD_GATEWAY),
+        (Fault(on="poll", status=404, body={"detail": "no"}), K.BAD_GATEWAY),
+        (Fault(on="poll", status=405, body={"detail": "no"}), K.BAD_GATEWAY),
+        (Fault(on="poll", status=410, body={"detail": "no"}), K.BAD_GATEWAY),
+        (Fault(on="poll", status=422, body={"detail": "no"}), K.BAD_GATEWAY),
     ],
     ids=str,
 )
-async def test_a_read_that_is_refused_says_nothing_of_the_bill(
-    fault: Fault, kind: FailureKind, ended: bool, tmp_path: Path
+async def test_a_read_that_is_refused_says_nothing_of_the_prediction(
+    fault: Fault, kind: FailureKind, tmp_path: Path
 ) -> None:
     async with replicate_upstream(tmp_path) as (upstream, simulator):
         pending = await submitted(upstream)
         simulator.script(fault)
         error = await failed_poll(upstream, pending)
-        assert (error.kind, error.billed, error.ended) == (kind, MAYBE, ended)
+        assert (error.kind, error.billed, error.ended) == (kind, MAYBE, False)
         assert error.client_message is None
+        close(await finished(upstream, pending))
+        assert simulator.billed == 1
 
 
 @pytest.mark.parametrize(
@@ -652,7 +656,9 @@ async def test_a_job_id_that_leads_elsewhere_is_refused(
         told = json.loads(pending.job_id)
         led = json.dumps(told | {"get": change(told["get"])})
         error = await failed_poll(upstream, Pending(led))
-        assert error.kind is K.UNSUPPORTED
+        # It is out, and may be charged for.
+        assert (error.kind, error.billed) == (K.UNSUPPORTED, MAYBE)
+        assert (await failed_poll(upstream, Pending("{}"))).billed is MAYBE
         assert len(simulator.requests) == 1
 
 

@@ -305,11 +305,13 @@ async def test_a_success_without_a_task_was_maybe_bought(
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [
-        (Fault("upload", status=400, body={"success": False}), K.INVALID_REQUEST),
-        (Fault("upload", status=200, body={"code": 400}), K.INVALID_REQUEST),
+        (Fault("upload", status=400, body={"success": False}), K.UNSUPPORTED),
+        (Fault("upload", status=200, body={"code": 400}), K.UNSUPPORTED),
         (Fault("upload", status=401, body={"msg": KEY}), K.AUTH),
         (Fault("upload", status=403, body={"msg": "no"}), K.AUTH),
-        (Fault("upload", status=413, body="<html></html>"), K.INVALID_REQUEST),
+        (Fault("upload", status=413, body="<html></html>"), K.UNSUPPORTED),
+        (Fault("upload", status=415, body={"msg": "no"}), K.UNSUPPORTED),
+        (Fault("upload", status=451, body={"msg": "no"}), K.CONTENT_POLICY),
         (Fault("upload", status=429, body={"msg": "quota"}), K.RATE_LIMITED),
         (Fault("upload", status=500, body={"msg": "oops"}), K.BAD_GATEWAY),
         (Fault("upload", status=503, body={"msg": "oops"}), K.OVERLOADED),
@@ -332,7 +334,7 @@ async def test_an_upload_that_fails_has_bought_nothing(
         simulator.script(fault)
         error = await upstream.failure(operation=EDIT, references=(reference,))
         assert (error.kind, error.billed) == (kind, NO)
-        assert bool(error.client_message) is (kind is K.INVALID_REQUEST)
+        assert bool(error.client_message) is (kind is K.CONTENT_POLICY)
         assert KEY not in str(error)
         assert not simulator.purchases
         assert all("/images/" not in seen.path for seen in simulator.requests)
@@ -423,7 +425,8 @@ async def test_an_id_that_is_none_is_never_asked_for(
     job_id: str, tmp_path: Path
 ) -> None:
     async with task_upstream(tmp_path) as (upstream, simulator):
-        await failed_look(upstream, job_id)
+        error = await failed_look(upstream, job_id)
+        assert (error.kind, error.billed) == (K.UNSUPPORTED, MAYBE)
         assert not simulator.requests
 
 
@@ -521,7 +524,8 @@ async def test_a_completed_task_without_a_usable_picture(
         ("https://upstream.test/1.png", True),
         ("https://pictures.test/1.png", True),
         ("https://notevolink.ai/1.png", False),
-        ("https://evolink.ai.pictures.test/1.png", False),
+        ("https://eu.pictures.test/1.png", True),
+        ("https://evolink.ai.elsewhere.test/1.png", False),
         ("https://169.254.169.254/1.png", False),
         ("https://media.evolink.ai@pictures.test/1.png", False),
         ("https://[media/1.png", False),
@@ -566,6 +570,34 @@ async def test_a_download_that_breaks_off_is_tried_again(tmp_path: Path) -> None
         close(done)
 
 
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (Fault("download", status=503), K.BAD_GATEWAY),
+        (Fault("download", status=429), K.BAD_GATEWAY),
+        (Fault("download", close="mid_body"), K.BAD_GATEWAY),
+        (Fault("download", status=403), K.RESULT_LOST),
+        (Fault("download", status=410), K.RESULT_LOST),
+    ],
+    ids=str,
+)
+async def test_a_picture_that_is_gone_is_lost_and_one_out_of_reach_is_not(
+    fault: Fault, kind: FailureKind, tmp_path: Path
+) -> None:
+    async with task_upstream(tmp_path) as (upstream, simulator):
+        job_id = await submitted(upstream)
+        simulator.script(fault, fault, fault)
+        error = await failed_look(upstream, job_id)
+        assert (error.kind, error.billed) == (kind, YES)
+        assert error.ended is (kind is K.RESULT_LOST)
+        assert upstream.files() == 0
+        # It is there again, and still the same purchase.
+        done = await look(upstream, job_id)
+        assert isinstance(done, Done)
+        close(done)
+        assert len(simulator.purchases) == 1
+
+
 async def test_a_picture_is_what_it_is_not_what_was_asked_for(tmp_path: Path) -> None:
     async with task_upstream(tmp_path) as (upstream, simulator):
         simulator.script(Fault(answer="other_picture"))
@@ -606,7 +638,8 @@ async def test_the_cost_is_what_the_ledger_says_to_the_last_unit(
         done = await upstream.make()
         (bought,) = simulator.purchases
     assert bought.credits == "0.3639"
-    assert done.units_millionths == 363_900
+    # Its credits are no units: another account's prices would be put on them.
+    assert done.units_millionths is None
     # 0.3639 / 68 USD, rounded up; the price in USD that is told is 0.0054.
     assert done.cost_nanousd == 5_351_471
     assert done.usage is None
@@ -614,24 +647,23 @@ async def test_the_cost_is_what_the_ledger_says_to_the_last_unit(
 
 
 @pytest.mark.parametrize(
-    ("told", "cost_nanousd", "units_millionths"),
+    ("told", "cost_nanousd"),
     [
-        ({"billing": {}}, 5_351_471, 363_900),
-        ({"billing": {}, "usage": {"cost": {"usd": 0.0054}}}, 5_400_000, None),
-        ({"billing": {}, "usage": {"cost": {"usd": 1e-7}}}, 100, None),
-        ({"billing": {}, "usage": {}}, None, None),
-        ({"billing": None, "usage": None}, None, None),
-        ({"billing": {}, "usage": {"credits_used": -1}}, None, None),
-        ({"billing": {}, "usage": {"credits_used": 0}}, None, None),
-        ({"billing": {}, "usage": {"credits_used": "1"}}, None, None),
-        ({"billing": {}, "usage": {"credits_used": True}}, None, None),
-        ({"billing": {}, "usage": {"credits_used": 1e30}}, None, None),
+        ({"billing": {}}, 5_351_471),
+        ({"billing": {}, "usage": {"cost": {"usd": 0.0054}}}, 5_400_000),
+        ({"billing": {}, "usage": {"cost": {"usd": 1e-7}}}, 100),
+        ({"billing": {}, "usage": {}}, None),
+        ({"billing": None, "usage": None}, None),
+        ({"billing": {}, "usage": {"credits_used": -1}}, None),
+        ({"billing": {}, "usage": {"credits_used": 0}}, None),
+        ({"billing": {}, "usage": {"credits_used": "1"}}, None),
+        ({"billing": {}, "usage": {"credits_used": True}}, None),
+        ({"billing": {}, "usage": {"credits_used": 1e30}}, None),
     ],
 )
 async def test_a_cost_that_cannot_be_true_is_none(
     told: dict[str, Any],
     cost_nanousd: int | None,
-    units_millionths: int | None,
     tmp_path: Path,
 ) -> None:
     async with task_upstream(tmp_path) as (upstream, simulator):
@@ -640,7 +672,6 @@ async def test_a_cost_that_cannot_be_true_is_none(
         done = await look(upstream, job_id)
         assert isinstance(done, Done)
     assert done.cost_nanousd == cost_nanousd
-    assert done.units_millionths == units_millionths
     close(done)
 
 
@@ -659,7 +690,6 @@ async def test_apimart_is_read_in_its_own_words(tmp_path: Path) -> None:
     assert "idempotency-key" not in submit.headers
     assert looks[0].path == f"/v1/tasks/{bought.task_id}?language=en"
     assert done.cost_nanousd == 5_350_000
-    assert done.units_millionths is None
     close(done)
 
 

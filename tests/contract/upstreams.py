@@ -113,7 +113,9 @@ class Case:
     what its simulator calls a look at a job, where jobs are left pending, and
     ``probe_step`` what it calls a probe.
     ``wrong_options`` are each refused by a message that names what is wrong.
-    ``is_remote`` tells that there is a host and a credential.
+    ``is_remote`` tells that there is a host and a credential. ``bad_file`` is what a
+    reference that is no picture fails with: where files are uploaded before the job,
+    the refusal is of the upload alone, and another upstream is tried.
     """
 
     name: str
@@ -129,6 +131,7 @@ class Case:
     probe_step: str = "probe"
     wrong_options: Sequence[tuple[Mapping[str, object], str]] = ()
     is_remote: bool = True
+    bad_file: FailureKind = FailureKind.INVALID_REQUEST
 
 
 async def noted(

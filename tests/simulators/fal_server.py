@@ -631,6 +631,8 @@ def spoiled(accepted: dict[str, Any], fault: Fault, simulator: FalSimulator) -> 
         "html": Reply(200, b"<html>welcome</html>", "text/html"),
         "error": says(200, "the queue is full"),
         "foreign": Reply.of_json(200, elsewhere),
+        "no_links": Reply.of_json(200, {"request_id": accepted["request_id"]}),
+        "foreign_id": Reply.of_json(200, elsewhere | {"request_id": "../../x"}),
         "nothing": Reply.of_json(200, {}),
         "big": Reply.of_json(200, {"request_id": "x" * BIG_BODY_BYTES}),
     }
