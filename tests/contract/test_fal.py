@@ -414,12 +414,12 @@ async def test_a_submit_that_hangs_is_left_long_before_the_deadline(
 ) -> None:
     async with (
         fal_upstream(tmp_path) as (upstream, simulator),
-        tools(tmp_path, read_max_s=0.05) as impatient,
+        tools(tmp_path, read_max_s=0.5) as impatient,
     ):
-        simulator.script(Fault(hang=True))
+        simulator.script(Fault(delay_s=2.0))
         provider = PROVIDERS["fal"](upstream.account, impatient)
         with pytest.raises(ProviderError) as caught:
-            await provider.start(upstream.job(deadline_s=3600.0))
+            await provider.start(upstream.job(deadline_s=60.0))
     error = caught.value
     assert (error.kind, error.billed, error.ended) == (K.TIMEOUT, MAYBE, False)
 

@@ -197,6 +197,7 @@ class FalSimulator(Simulator):
         if not self.busy:
             self.run(job)
         accepted = {**self.links(job), "status": "IN_QUEUE", "queue_position": 0}
+        await asyncio.sleep(fault.delay_s)
         return await deliver(writer, spoiled(accepted, fault, self), fault)
 
     async def ask(self, seen: Seen, writer: asyncio.StreamWriter) -> bool:

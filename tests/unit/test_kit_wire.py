@@ -617,11 +617,14 @@ async def test_an_upstream_may_think_long_once_it_has_the_body() -> None:
 async def test_an_answer_that_does_not_come_may_have_its_own_limit(
     head: bytes,
 ) -> None:
-    one = Wire(4)
-    async with reading(WHOLE, head, hold_s=0 if head else 60) as url:
-        call = replace(a_call(url, deadline_s=3600), json=None, body=a_body())
+    async def late(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(head)
+        await asyncio.sleep(2)
+        writer.write(OK.removeprefix(head))
+
+    async with upstream(late) as url, wire() as one:
+        call = replace(a_call(url), json=None, body=a_body())
         error = await failure_of(one, replace(call, answer_max_s=0.05))
-        await one.close()
     assert (error.kind, error.billed) == (FailureKind.TIMEOUT, Billed.MAYBE)
 
 
