@@ -7,11 +7,11 @@ an option of the account, see ``Options``.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 import msgspec
@@ -41,6 +41,8 @@ DATED_API_VERSION = "2025-04-01-preview"
 """The first dated version that knows gpt-image models."""
 
 _UNAUTHORIZED = 401
+
+T = TypeVar("T")
 
 Version = Annotated[str, msgspec.Meta(pattern="^[0-9A-Za-z.-]*$")]
 Argument = Annotated[str, msgspec.Meta(pattern="^[^\\x00]+$")]
@@ -118,18 +120,24 @@ class Azure:
     async def start(self, job: ImageJob) -> Done | Pending:
         """Make the pictures; this API answers when they are done."""
         call, token = await self._call(job)
-        with self._unless_refused(token):
-            return await self._api.ask(call, job.n)
+        return await self._asked(call, token, lambda call: self._api.ask(call, job.n))
 
     async def stream(self, job: ImageJob) -> AsyncGenerator[Partial | Done, None]:
         """Make the pictures, and show how they come along."""
         if not self.options.stream:
             raise unable("no streams here")
         call, token = await self._call(job, stream=True)
-        with self._unless_refused(token):
-            async with aclosing(self._api.follow(call, job)) as looks:
+        try:
+            async with aclosing(self._followed(call, token, job)) as looks:
                 async for look in looks:
                     yield look
+        except ProviderError as error:
+            call, token = await self._anew(call, token, error)
+        else:
+            return
+        async with aclosing(self._followed(call, token, job)) as looks:
+            async for look in looks:
+                yield look
 
     async def poll(self, job: ImageJob, job_id: str) -> Done | Pending:  # noqa: ARG002 - the contract's
         """Fail: no job is ever left pending by this API."""
@@ -150,8 +158,7 @@ class Azure:
             headers=headers,
             secret=token or self.account.secret,
         )
-        with self._unless_refused(token):
-            await ask(self.tools.wire, call)
+        await self._asked(call, token, lambda call: ask(self.tools.wire, call))
 
     async def close(self) -> None:
         """Stop fetching tokens; the connections belong to the wire."""
@@ -212,6 +219,43 @@ class Azure:
                 "the deadline passed while waiting for a token",
                 billed=Billed.NO,
             ) from error
+
+    async def _asked(
+        self, call: Call, token: str, ask: Callable[[Call], Awaitable[T]]
+    ) -> T:
+        """Make a call; once more with a fresh token, when its own is refused."""
+        try:
+            with self._unless_refused(token):
+                return await ask(call)
+        except ProviderError as error:
+            call, token = await self._anew(call, token, error)
+        with self._unless_refused(token):
+            return await ask(call)
+
+    async def _followed(
+        self, call: Call, token: str, job: ImageJob
+    ) -> AsyncGenerator[Partial | Done, None]:
+        with self._unless_refused(token):
+            async with aclosing(self._api.follow(call, job)) as looks:
+                async for look in looks:
+                    yield look
+
+    async def _anew(
+        self, call: Call, token: str, error: ProviderError
+    ) -> tuple[Call, str]:
+        """Write a call whose token was refused with another one: a 401 bought nothing.
+
+        Raises:
+            ProviderError: it was not that, or there is no other token.
+        """
+        free = error.status == _UNAUTHORIZED and error.billed is Billed.NO
+        if self.tokens is None or not free:
+            raise error
+        fresh = await self._token(call.deadline_at_s)
+        if fresh == token:
+            raise error
+        headers = {**call.headers, "Authorization": f"Bearer {fresh}"}
+        return replace(call, headers=headers, secret=fresh), fresh
 
     @contextmanager
     def _unless_refused(self, token: str) -> Iterator[None]:

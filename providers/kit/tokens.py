@@ -44,7 +44,8 @@ class Tokens(Protocol):
         """Give a token that holds.
 
         Raises:
-            ProviderError: AUTH when there is none, NETWORK when it took too long.
+            ProviderError: NETWORK when a command gave none, for whatever reason: it may
+                the next time. AUTH when a file holds none.
         """
         ...
 
@@ -127,28 +128,32 @@ class CommandTokens:
         return self._renewal
 
     async def _renew(self) -> str:
-        try:
-            async with asyncio.timeout(self._command_max_s):
-                output = await _printed(self._command)
-        except TimeoutError as error:
-            raise ProviderError(
-                FailureKind.NETWORK,
-                f"token_command took more than {self._command_max_s} s",
-            ) from error
-        except OSError as error:
-            raise _no_token(f"token_command cannot run: {error.strerror}") from error
+        token = await self._fetched()
         now_s = self._now_s()
-        token = _read_token(output, "token_command")
         life_s = PLAIN_LIFE_S
         if token.ends_at_s is not None:
             life_s = min(token.ends_at_s - now_s, LIFE_MAX_S)
         if life_s <= LAST_S:
-            raise _no_token("token_command gives a token that has run out")
+            raise _not_now("token_command gives a token that has run out")
         early_s = min(RENEW_EARLY_S, life_s / 2)
         self._kept = _Kept(
             token.text, now_s + life_s - early_s, now_s + life_s - LAST_S
         )
         return token.text
+
+    async def _fetched(self) -> _Token:
+        try:
+            async with asyncio.timeout(self._command_max_s):
+                output = await _printed(self._command)
+        except TimeoutError as error:
+            told = f"token_command took more than {self._command_max_s} s"
+            raise _not_now(told) from error
+        except OSError as error:
+            raise _not_now(f"token_command cannot run: {error.strerror}") from error
+        try:
+            return _read_token(output, "token_command")
+        except ProviderError as error:
+            raise _not_now(error.detail) from None
 
 
 class FileTokens:
@@ -219,7 +224,7 @@ async def _printed(command: Sequence[str]) -> bytes:
         while chunk := await process.stdout.read(OUTPUT_MAX_BYTES):
             output += chunk
             if len(output) > OUTPUT_MAX_BYTES:
-                raise _no_token(f"token_command prints more than {OUTPUT_MAX_BYTES}")
+                raise _not_now(f"token_command prints more than {OUTPUT_MAX_BYTES}")
         status = await process.wait()
     finally:
         if process.returncode is None:
@@ -227,7 +232,7 @@ async def _printed(command: Sequence[str]) -> bytes:
                 os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
     if status != 0:
-        raise _no_token(f"token_command ended with {status}; run it by hand to see why")
+        raise _not_now(f"token_command ended with {status}; run it by hand to see why")
     return output
 
 
@@ -264,6 +269,12 @@ def _end_s(printed: _Printed) -> float | None:
 
 def _no_token(detail: str) -> ProviderError:
     return ProviderError(FailureKind.AUTH, detail)
+
+
+def _not_now(detail: str) -> ProviderError:
+    # Nothing was sent, and nobody has refused a credential: shutting it off would
+    # outlast most of what makes a command fail.
+    return ProviderError(FailureKind.NETWORK, detail)
 
 
 def _look_at(task: asyncio.Task[str]) -> None:

@@ -225,27 +225,92 @@ async def test_an_entra_token_takes_the_place_of_the_key(
     assert not looks
 
 
-async def test_a_token_that_is_refused_is_not_used_again(tmp_path: Path) -> None:
-    kept, times = tmp_path / "token", tmp_path / "times"
-    program = (
-        "import pathlib, sys\n"
-        "kept, times = map(pathlib.Path, sys.argv[1:])\n"
-        "times.open('a').write('x')\n"
-        "print(kept.read_text())"
-    )
-    kept.write_text("withdrawn")
-    command = [sys.executable, "-c", program, str(kept), str(times)]
-    async with azure_upstream(tmp_path, secret="", token_command=command) as (
+# Prints a line of a file after another, the last one again and again.
+PRINTS_LINES = (
+    "import pathlib, sys\n"
+    "kept, times = map(pathlib.Path, sys.argv[1:])\n"
+    "times.open('a').write('x')\n"
+    "lines = kept.read_text().split()\n"
+    "line = lines[min(len(times.read_text()), len(lines)) - 1]\n"
+    "sys.exit(3) if line == 'fail' else print(line)"
+)
+
+
+def printing(folder: Path, *lines: str) -> list[str]:
+    kept, times = folder / "token", folder / "times"
+    kept.write_text("\n".join(lines))
+    return [sys.executable, "-c", PRINTS_LINES, str(kept), str(times)]
+
+
+@pytest.mark.parametrize("how", ["make", "watch", "edit", "probe"])
+async def test_a_refused_token_is_replaced_at_once_and_not_used_again(
+    how: str, tmp_path: Path
+) -> None:
+    command = printing(tmp_path, "withdrawn", TOKEN)
+    folder = tmp_path / "spool-folder"
+    async with azure_upstream(folder, secret="", token_command=command) as (
         upstream,
         simulator,
     ):
-        error = await upstream.failure()
-        assert (error.kind, error.status, error.billed) == (K.AUTH, 401, Billed.NO)
-        kept.write_text(TOKEN)
-        for _ in range(2):
+        reference = an_input(upstream.spools, png(64, 32))
+        if how == "probe":
+            await upstream.provider.probe("gpt-image-2", 5.0)
+        elif how == "watch":
+            _, done = await upstream.watch()
+            done.images[0].payload.close()
+        else:
+            edit = {"operation": EDIT, "references": (reference,)}
+            done = await upstream.make(**(edit if how == "edit" else {}))
+            done.images[0].payload.close()
+        told = [seen.headers["authorization"] for seen in simulator.requests]
+        assert told == ["Bearer withdrawn", f"Bearer {TOKEN}"]
+        # The new one is kept.
+        (await upstream.make()).images[0].payload.close()
+        assert (tmp_path / "times").read_text() == "xx"
+        assert len(simulator.purchases) == (1 if how == "probe" else 2)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "asked", "kind"),
+    [
+        (["withdrawn", "as-bad", TOKEN], 2, K.AUTH),
+        (["withdrawn", "withdrawn", TOKEN], 1, K.AUTH),
+        (["withdrawn", "fail", TOKEN], 1, K.NETWORK),
+    ],
+    ids=["two bad", "the same again", "no other"],
+)
+async def test_a_refused_token_is_replaced_once(
+    tokens: list[str], asked: int, kind: FailureKind, stream: bool, tmp_path: Path
+) -> None:
+    command = printing(tmp_path, *tokens)
+    folder = tmp_path / "spool-folder"
+    async with azure_upstream(folder, secret="", token_command=command) as (
+        upstream,
+        simulator,
+    ):
+        fail = upstream.stream_failure if stream else upstream.failure
+        error = await fail()
+        assert (error.kind, error.billed) == (kind, Billed.NO)
+        assert len(simulator.requests) == asked
+        # Neither is used again, whatever became of the call.
+        if kind is K.NETWORK or asked == 2:
             (await upstream.make()).images[0].payload.close()
-        assert times.read_text() == "xx"
-        assert len(simulator.purchases) == 2
+            assert len(simulator.requests) == asked + 1
+
+
+async def test_a_refusal_after_a_look_is_not_asked_again(tmp_path: Path) -> None:
+    command = printing(tmp_path, TOKEN, "another")
+    folder = tmp_path / "spool-folder"
+    async with azure_upstream(folder, secret="", token_command=command) as (
+        upstream,
+        simulator,
+    ):
+        body = {"code": 401, "message": "the token ran out"}
+        simulator.script(Fault(answer="error_event", body=body))
+        error = await upstream.stream_failure(partial_images=1, looks=1)
+        assert (error.status, error.billed) == (401, Billed.MAYBE)
+        assert len(simulator.requests) == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -269,10 +334,10 @@ async def test_without_a_token_nothing_is_asked(tmp_path: Path) -> None:
         upstream,
         simulator,
     ):
-        error = await upstream.failure()
-        assert (error.kind, error.billed) == (K.AUTH, Billed.NO)
-        error = await upstream.stream_failure()
-        assert (error.kind, error.billed) == (K.AUTH, Billed.NO)
+        for fail in (upstream.failure, upstream.stream_failure):
+            error = await fail()
+            # It is not the credential that was refused: it is not shut off.
+            assert (error.kind, error.billed) == (K.NETWORK, Billed.NO)
         assert not simulator.requests
 
 

@@ -149,7 +149,7 @@ async def test_a_token_is_used_until_shortly_before_its_end(
         desk.now_s = NOW_S + used_until_s - 1
         assert await source.current() == "t-1"
         desk.now_s = NOW_S + used_until_s
-        assert (await refused(source)).kind is K.AUTH
+        assert (await refused(source)).kind is K.NETWORK
 
 
 async def test_a_plain_token_is_kept_for_a_while(desk: Desk) -> None:
@@ -247,13 +247,14 @@ async def test_a_rejected_token_is_fetched_anew_and_another_is_kept(desk: Desk) 
     ],
     ids=lambda value: value[:40],
 )
-async def test_a_command_without_a_good_token_is_an_alert(
+async def test_a_command_without_a_good_token_shuts_nothing_off(
     output: str, told: str, desk: Desk
 ) -> None:
     desk.prints(output)
     async with printed(desk) as source:
         error = await refused(source)
-        assert error.kind is K.AUTH
+        # Nothing was sent, and no credential refused.
+        assert error.kind is K.NETWORK
         assert told in error.detail
         # Nothing is remembered of a failure.
         desk.prints("t-1")
@@ -261,12 +262,12 @@ async def test_a_command_without_a_good_token_is_an_alert(
 
 
 @pytest.mark.parametrize("command", [["/no/such/program"], ["/"]])
-async def test_a_command_that_cannot_run_is_an_alert(
+async def test_a_command_that_cannot_run_says_so(
     command: list[str], desk: Desk
 ) -> None:
     async with printed(desk, command) as source:
         error = await refused(source)
-    assert error.kind is K.AUTH
+    assert error.kind is K.NETWORK
     assert "cannot run" in error.detail
 
 
