@@ -118,7 +118,8 @@ def test_a_job_that_waits_is_taken_out_of_the_queue_for_free(
     assert fal.calls("cancel") == 1
     assert fal.purchases() == []
     assert gateway.balance(TENANT) == FREE
-    assert book(gateway) == []
+    # fal does not tell whether it had begun meanwhile: the operator's book assumes so.
+    assert [kind for kind, _ in book(gateway)] == ["waste"]
     assert gateway.audit()["clean"]
 
 
