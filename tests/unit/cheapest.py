@@ -103,7 +103,7 @@ def picture_usd(stall: Stall, ask: Ask) -> Fraction | None:
         return row_usd(stall.table, ask, card.get("flat"))
     tokens = Fraction(1, {"1K tokens": 1000, "1M tokens": 10**6}[per])
     text = ceil(Fraction(len(ask.prompt.encode()), 3)) + 6 if ask.prompt else 0
-    pictures = sum(map(reference_tokens, ask.references)) + 1536 * ask.mask
+    pictures = sum(map(reference_tokens, ask.references))
     return tokens * (
         text * card["text_input"]
         + pictures * card["image_input"]
