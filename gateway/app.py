@@ -30,7 +30,7 @@ from gateway.adapters.events import FanOut
 from gateway.adapters.fetcher import GuardedFetcher
 from gateway.adapters.hot_memory import MemoryBoard
 from gateway.adapters.logs import LogListener
-from gateway.adapters.memory import trimmer
+from gateway.adapters.memory import memory_gauge, trimmer
 from gateway.adapters.metrics import Metrics
 from gateway.adapters.outbound import SystemResolver
 from gateway.adapters.webhooks import GuardedSender
@@ -65,10 +65,12 @@ from gateway.core.errors import (
     storage_full,
 )
 from gateway.core.idempotency import KEY_KEPT_MS
+from gateway.core.pressure import LAG_EVERY_MS
 from gateway.core.pricing import cost_rule
 from gateway.core.requests import parse_generation
 from gateway.core.routing import Moment, decide
 from gateway.core.webhooks import CallbackRules, Delivery
+from gateway.flows.admission import Admission
 from gateway.flows.dispatch import Dispatcher, candidate_facts
 from gateway.flows.files import FetchFile, Files
 from gateway.flows.generate import SYNC_DEADLINE_MS, Generate, wish_of
@@ -240,6 +242,19 @@ def build_gateway(
         names_upstreams=settings.tenants_may_choose,
     )
     runner = TaskRunner(generate, log.on_crash)
+    admission = Admission(
+        board=board,
+        line=generate.dispatcher.line,
+        catalogue=catalogue,
+        clock=clock,
+        chance=chance,
+        events=events,
+        in_flight=lambda: runner.in_flight,
+        memory_share=memory_gauge(),
+    )
+    metrics.watch_waiting(
+        catalogue.variants, admission.waiting, lambda: admission.lag_ms
+    )
     recovery = Recovery(books.tasks, clock, events)
     authenticate = Authenticate(books.accounts, clock, books.secret)
     links = Links(books.secret, settings.server.public_url)
@@ -263,6 +278,7 @@ def build_gateway(
         catalogue=catalogue,
         authenticate=authenticate,
         generate=generate,
+        admission=admission,
         load_inputs=LoadInputs(outside.fetcher, books.files, uploads, spools, clock),
         runner=runner,
         results=results,
@@ -349,6 +365,7 @@ def build_gateway(
                 "expired uploads": (EXPIRE_EVERY_S, files.expire),
                 "webhooks": (WEBHOOKS_EVERY_S, deliver),
                 "drained upstreams": (DRAINS_EVERY_S, upstreams.refresh),
+                "pressure": (LAG_EVERY_MS / 1000, admission.watch),
                 **house.chores(),
             },
         ),

@@ -697,13 +697,6 @@ class HealthBoard(Protocol):
         """Give the slot back and note how the call went."""
         ...
 
-    async def wait_for_slot(self, offer_ids: Sequence[str], at_most_s: float) -> bool:
-        """Wait until one of the offers may have a slot; False if too many wait.
-
-        True promises nothing: whoever waited looks again.
-        """
-        ...
-
 
 @dataclass(frozen=True, slots=True)
 class LastFailure:

@@ -29,7 +29,6 @@ from gateway.flows.tasks import TaskView
 from gateway.ports import Claimed, Clock, NewTask, Queue, TaskRecord
 from providers.kit.contract import Partial
 
-IN_FLIGHT_MAX_TASKS = 2_000
 DRAIN_MAX_S = 180.0
 LEASE_MS = 30_000
 RENEW_EVERY_S = 3.0
@@ -72,20 +71,6 @@ class TaskRunner:
     def in_flight(self) -> int:
         """How many tasks are under way."""
         return len(self._running)
-
-    def check_room(self) -> None:
-        """Refuse new work while as much as may be is under way.
-
-        Raises:
-            ServiceUnavailableError: too many tasks are under way.
-        """
-        if len(self._running) >= IN_FLIGHT_MAX_TASKS:
-            raise ServiceUnavailableError(
-                "The gateway is working on as many requests as it may. Try again "
-                "after the time in Retry-After.",
-                code="overloaded",
-                retry_after_s=5,
-            )
 
     async def drain(self) -> int:
         """Wait for what is under way; returns how many did not end in time."""

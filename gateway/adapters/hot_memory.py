@@ -1,10 +1,8 @@
-"""The health board of one process: breakers, slots and waiting calls, in memory."""
+"""The health board of one process: breakers and slots, in memory."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from gateway.core import breaker
@@ -21,9 +19,6 @@ from gateway.ports import (
     RouteView,
 )
 from providers.kit.contract import FailureKind, Operation
-
-WAITING_MAX_CALLS = 1_000
-LOOK_AGAIN_S = 1.0
 
 
 @dataclass(slots=True)
@@ -60,7 +55,6 @@ class MemoryBoard:
     slots: Mapping[str, int]
     _routes: dict[tuple[str, Operation], _Route] = field(default_factory=dict)
     _credentials: dict[str, _Credential] = field(default_factory=dict)
-    _waiting: dict[asyncio.Future[None], frozenset[str]] = field(default_factory=dict)
     _next_id: int = 0
     _last_failures: dict[tuple[str, Operation], LastFailure] = field(
         default_factory=dict
@@ -94,7 +88,7 @@ class MemoryBoard:
         return Permit(self._next_id, offer_id, operation, probe)
 
     async def report(self, permit: Permit, outcome: Outcome) -> None:
-        """Give the slot back, note how the call went, and let the next one in."""
+        """Give the slot back, and note how the call went."""
         if outcome.kind is not None and not outcome.cancelled:
             self._last_failures[permit.offer_id, permit.operation] = LastFailure(
                 outcome.kind, self.clock.now_ms()
@@ -116,24 +110,6 @@ class MemoryBoard:
             route.record, flight, outcome, now_ms, self.chance.fraction()
         )
         self._health(permit.offer_id, permit.operation)
-        self._wake_one(permit.offer_id.partition("/")[0])
-
-    async def wait_for_slot(self, offer_ids: Sequence[str], at_most_s: float) -> bool:
-        """Wait until a slot of one of the upstreams is given back.
-
-        A second at most: pauses and re-entry steps end without anybody telling.
-        """
-        if len(self._waiting) >= WAITING_MAX_CALLS:
-            return False
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting[turn] = frozenset(i.partition("/")[0] for i in offer_ids)
-        with suppress(TimeoutError):
-            try:
-                async with asyncio.timeout(min(at_most_s, LOOK_AGAIN_S)):
-                    await turn
-            finally:
-                self._waiting.pop(turn, None)
-        return True
 
     async def look(
         self, upstream: str, offers: Iterable[tuple[str, Operation]]
@@ -160,7 +136,6 @@ class MemoryBoard:
         for (offer_id, operation), route in routes:
             route.record = breaker.closed_by_hand(route.record, now_ms)
             await self.read([offer_id], operation)  # tells of the change
-        self._wake_one(upstream)
 
     async def _looked_at(self, offer_id: str, operation: Operation) -> RouteView:
         health = (await self.read([offer_id], operation))[offer_id]
@@ -180,13 +155,6 @@ class MemoryBoard:
             pause_ends_in_ms=rest_ms if rest_ms > 0 else None,
             last_failure=self._last_failures.get((offer_id, operation)),
         )
-
-    def _wake_one(self, upstream: str) -> None:
-        # The one that waits longest for this upstream.
-        for turn, upstreams in self._waiting.items():
-            if upstream in upstreams and not turn.done():
-                turn.set_result(None)
-                return
 
     def _may_force(self, route: _Route, health: Health, now_ms: int) -> bool:
         last_ms = route.record.forced_at_ms

@@ -19,7 +19,9 @@ from gateway.core.events import (
     BreakerChanged,
     Event,
     HoldRefused,
+    PressureChanged,
     RequestFinished,
+    RequestShed,
     TaskFinished,
     UpstreamChanged,
     WebhookTried,
@@ -39,6 +41,8 @@ _NAMES = {
     UpstreamChanged: "upstream",
     HoldRefused: "hold_refused",
     WebhookTried: "webhook",
+    RequestShed: "shed",
+    PressureChanged: "pressure",
 }
 
 

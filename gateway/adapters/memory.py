@@ -1,4 +1,4 @@
-"""Gives memory that is no longer used back to the system.
+"""How much memory the process uses, and how it gives back what it no longer does.
 
 The C library keeps what large bodies needed, in pieces too scattered to be returned
 by themselves.
@@ -7,7 +7,14 @@ by themselves.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
+from pathlib import Path
+
+CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 
 
 def trimmer() -> Callable[[], object]:
@@ -17,3 +24,32 @@ def trimmer() -> Callable[[], object]:
     except (AttributeError, OSError, TypeError):
         return lambda: None  # not glibc
     return lambda: trim(0)
+
+
+def memory_gauge() -> Callable[[], float]:
+    """Find what tells how much of its memory this process uses, from 0 to 1.
+
+    Always 0 where the system does not say.
+    """
+    try:
+        statm = open("/proc/self/statm", "rb", buffering=0)  # noqa: PTH123, SIM115
+    except OSError:
+        return lambda: 0.0
+    limit_bytes, page_bytes = _limit_bytes(), os.sysconf("SC_PAGE_SIZE")
+
+    def share() -> float:
+        statm.seek(0)
+        return int(statm.read(128).split()[1]) * page_bytes / limit_bytes
+
+    return share
+
+
+def _limit_bytes() -> int:
+    # Of the container, if that has one: else of the machine.
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in CGROUP_LIMITS:
+        try:
+            limit = min(limit, int(path.read_text()))
+        except (OSError, ValueError):
+            continue  # there is none, or it says "max"
+    return limit

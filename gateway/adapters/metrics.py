@@ -5,8 +5,8 @@ Children are bound once and kept: looking labels up costs more than counting.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -23,7 +23,9 @@ from gateway.core.events import (
     BreakerChanged,
     Event,
     HoldRefused,
+    PressureChanged,
     RequestFinished,
+    RequestShed,
     TaskFinished,
     UpstreamChanged,
     WebhookTried,
@@ -87,6 +89,16 @@ class Metrics:
         )
         self._refused = counter("holds_refused", "Refused for credits.", "variant")
         self._webhooks = counter("webhook_deliveries", "Webhooks tried.", "outcome")
+        self._shed = counter(
+            "shed", "Requests refused because too many wait.", "variant", "reason"
+        )
+        shedding = Gauge(
+            "imageway_shedding",
+            "1 while new work is refused because of the process itself.",
+            ("signal",),
+            registry=self.registry,
+        )
+        self._shedding: Callable[..., Gauge] = cache(shedding.labels)
         state = Gauge(
             "imageway_breaker_state",
             "1 for the state that the breaker is in.",
@@ -117,6 +129,28 @@ class Metrics:
         )
         lost.set_function(dropped_lines)
 
+    def watch_waiting(
+        self,
+        variants: Iterable[str],
+        waiting: Callable[[str], int],
+        lag_ms: Callable[[], float],
+    ) -> None:
+        """Show who waits for a slot, and how late the event loop is."""
+        line = Gauge(
+            "imageway_waiting",
+            "Sync requests let in that have no slot yet.",
+            ("variant",),
+            registry=self.registry,
+        )
+        for variant in variants:
+            line.labels(variant).set_function(partial(waiting, variant))
+        lag = Gauge(
+            "imageway_event_loop_lag_seconds",
+            "How late the event loop is, over the last second.",
+            registry=self.registry,
+        )
+        lag.set_function(lambda: lag_ms() / 1000)
+
     def known(self, offer_ids: list[str], variants: list[str]) -> None:
         """Show every offer and variant from the start, at zero."""
         for offer_id in offer_ids:
@@ -139,10 +173,10 @@ class Metrics:
                 self._on_breaker(event)
             case UpstreamChanged():
                 self._on_upstream(event)
-            case HoldRefused():
-                self._refused(event.variant).inc()
             case WebhookTried():
                 self._webhooks(event.outcome).inc()
+            case HoldRefused() | RequestShed() | PressureChanged():
+                self._on_refusal(event)
 
     def render(self) -> tuple[bytes, str]:
         """Write all metrics in Prometheus' text format; with its media type."""
@@ -184,6 +218,15 @@ class Metrics:
             for token_class in event.usage.__slots__:
                 count = getattr(event.usage, token_class)
                 self._tokens(variant, token_class).inc(count)
+
+    def _on_refusal(self, event: HoldRefused | RequestShed | PressureChanged) -> None:
+        match event:
+            case HoldRefused():
+                self._refused(event.variant).inc()
+            case RequestShed():
+                self._shed(event.variant, event.reason).inc()
+            case PressureChanged():
+                self._shedding(event.signal).set(event.on)
 
     def _show_state(self, offer_id: str, state: str) -> None:
         for each in STATES:

@@ -36,7 +36,7 @@ from gateway.api.lifting import read_lifted
 from gateway.api.links import Links
 from gateway.api.render import InlineAnswer, Renderer
 from gateway.core.catalogue import Catalogue
-from gateway.core.delivery import Delivery, delivery_of
+from gateway.core.delivery import Delivery, delivery_of, surely_sync
 from gateway.core.errors import GatewayError, InvalidRequestError, storage_full
 from gateway.core.idempotency import fingerprint, parse_key
 from gateway.core.images import IMAGE_MAX_BYTES
@@ -55,6 +55,7 @@ from gateway.core.requests import (
 )
 from gateway.core.tasks import DeliveryMode
 from gateway.core.webhooks import CallbackRules, check_callback_url
+from gateway.flows.admission import Admission
 from gateway.flows.generate import (
     NOT_ONCE,
     Accepted,
@@ -66,14 +67,17 @@ from gateway.flows.generate import (
 )
 from gateway.flows.inputs import NO_INPUTS, Inputs, KeptInputs, LoadInputs
 from gateway.flows.keys import Authenticate
+from gateway.flows.line import Place
 from gateway.flows.replay import Replay
 from gateway.flows.results import Results
 from gateway.flows.tasks import TaskView
 from gateway.ports import Key, Spools
-from providers.kit.contract import Partial, Payload
+from providers.kit.contract import Operation, Partial, Payload
 
 JSON = {"content-type": "application/json"}
 IGNORED_PARAMS = "x-gateway-ignored-params"
+LARGE_BODY_BYTES = 1024 * 1024
+"""A body over it, or of unknown length, is not read for a request that has no place."""
 RETRY_COUNT = "x-stainless-retry-count"
 """OpenAI's libraries count in it how often they tried again by themselves."""
 FORM_LIMITS = FormLimits(files=17, file_max_bytes=IMAGE_MAX_BYTES)
@@ -92,10 +96,6 @@ class MethodNotAllowedError(GatewayError):
 
 class Runner(Protocol):
     """Carries tasks out to their end, whatever the client does."""
-
-    def check_room(self) -> None:
-        """Refuse new work while as much as may be is under way."""
-        ...
 
     def start(
         self,
@@ -132,6 +132,7 @@ class Images:
     catalogue: Catalogue
     authenticate: Authenticate
     generate: Generate
+    admission: Admission
     load_inputs: LoadInputs
     runner: Runner
     results: Results
@@ -149,6 +150,7 @@ class Images:
     async def generations(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request of the generation route."""
         key = await self._key(scope)
+        await self._check_large(scope, key, Operation.GENERATE)
         body = await read_lifted(receive, self.spools)
         try:
             request = parse_generation(body.json, self.catalogue)
@@ -162,6 +164,7 @@ class Images:
         key = await self._key(scope)
         if await self.storage_trouble() is not None:
             raise storage_full()  # before 800 MB are taken in
+        await self._check_large(scope, key, Operation.EDIT)
         await self.generate.check_any_credits(key)
         work = await self._edit(scope, receive, key)
         await self._answer(scope, receive, send, work)
@@ -175,6 +178,17 @@ class Images:
         key = await self.authenticate(header(scope, "authorization"))
         note.tenant_id, note.key_id = key.tenant_id, key.id
         return key
+
+    async def _check_large(self, scope: Scope, key: Key, operation: Operation) -> None:
+        # Refused before it is read: what is surely new, surely sync, and takes long
+        # to read. Anything else is read first, to learn what it is.
+        length = header(scope, "content-length") or ""
+        if length.isascii() and length.isdigit() and int(length) <= LARGE_BODY_BYTES:
+            return
+        repeats = header(scope, "idempotency-key") or _is_retry(scope)
+        prefer = header_list(scope, "prefer")
+        if not repeats and surely_sync(prefer, key.delivery):
+            await self.admission.check_any(key.tenant_id, operation)
 
     async def _edit(self, scope: Scope, receive: Receive, key: Key) -> Work:
         content_type = header(scope, "content-type")
@@ -227,34 +241,53 @@ class Images:
 
     async def _new(self, scope: Scope, key: Key, asked: Asked, ask: Ask) -> Work:
         note, request = note_of(scope), ask.request
-        self.runner.check_room()
         self.generate.check_route(request)
+        if ask.delivery.mode is DeliveryMode.SYNC:
+            place = await self.admission.enter(
+                key.tenant_id, request.variant.name, request.operation
+            )
+            try:
+                return await self._sync(scope, key, asked, ask, place)
+            except BaseException:
+                self.admission.line.leave(place)
+                raise
+        self.admission.check_new(request.variant.name, key.tenant_id)
+        inputs = await self._inputs(key, asked)
+        try:
+            accepted = await self._enqueued(scope, key, ask, inputs)
+        finally:
+            inputs.close()
+        if isinstance(accepted, Repeated):
+            return self._joined(note, key, ask, accepted.task_id)
+        assert note.task_id is not None
+        return self._queued(note, key, ask, note.task_id)
+
+    async def _inputs(self, key: Key, asked: Asked) -> Inputs:
         if await self.storage_trouble() is not None:
             raise storage_full()
-        inputs = NO_INPUTS
-        if request.references:
-            await self.generate.check_credits(request, key)
-            inputs = await self.load_inputs(request, key.tenant_id, asked.brought)
+        if not asked.request.references:
+            return NO_INPUTS
+        await self.generate.check_credits(asked.request, key)
+        return await self.load_inputs(asked.request, key.tenant_id, asked.brought)
+
+    async def _sync(
+        self, scope: Scope, key: Key, asked: Asked, ask: Ask, place: Place
+    ) -> Work:
+        note = note_of(scope)
         assert note.task_id is not None
-        if ask.delivery.mode is DeliveryMode.ASYNC:
-            try:
-                accepted = await self._enqueued(scope, key, ask, inputs)
-            finally:
-                inputs.close()
-            if isinstance(accepted, Repeated):
-                return self._joined(note, key, ask, accepted.task_id)
-            return self._queued(note, key, ask, note.task_id)
+        inputs = await self._inputs(key, asked)
         try:
             accepted = await self.generate.accept(
-                note.task_id, request, key, inputs, ask.once
+                note.task_id, ask.request, key, inputs, ask.once
             )
         except BaseException:
             inputs.close()
             raise
         if isinstance(accepted, Repeated):
             inputs.close()
+            self.admission.line.leave(place)
             return self._joined(note, key, ask, accepted.task_id)
-        return self._started(accepted, ask)
+        return self._started(replace(accepted, place=place), ask)
 
     async def _enqueued(
         self, scope: Scope, key: Key, ask: Ask, inputs: Inputs
@@ -427,12 +460,15 @@ def _from_form(form: Form, catalogue: Catalogue) -> Asked:
 async def _once(scope: Scope, asked: Asked) -> Once:
     # Contents are hashed in a thread: a request may bring 800 MB.
     digests = [await asyncio.to_thread(_digest, payload) for payload in asked.brought]
-    retries = header(scope, RETRY_COUNT) or ""
     return Once(
         fingerprint=fingerprint(asked.request, digests),
         idempotency_key=parse_key(header(scope, "idempotency-key")),
-        is_retry=_RETRIES.fullmatch(retries) is not None,
+        is_retry=_is_retry(scope),
     )
+
+
+def _is_retry(scope: Scope) -> bool:
+    return _RETRIES.fullmatch(header(scope, RETRY_COUNT) or "") is not None
 
 
 def _digest(payload: Payload) -> str:

@@ -51,6 +51,11 @@ def delivery_of(prefer: str, request: ImageRequest, key_delivery: str) -> Delive
     return ASYNC if request.by_url else SYNC
 
 
+def surely_sync(prefer: str, key_delivery: str) -> bool:
+    """Tell, before a body is read, what it will be unless it has a ``callback_url``."""
+    return _preferred(prefer) is None and key_delivery != "async"
+
+
 def _preferred(prefer: str) -> Delivery | None:
     asked = list(_preferences(prefer))
     for name, word in asked:

@@ -107,6 +107,29 @@ class WebhookTried:
     error: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class RequestShed:
+    """A request for pictures was refused because too many wait already.
+
+    ``reason`` is a value of ``admission.Reason``; ``wait_ms`` is what it would have
+    waited, None if that is not known.
+    """
+
+    variant: str
+    reason: str
+    tenant_id: str
+    wait_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PressureChanged:
+    """New work is refused from now on, or again let in, because of a ``signal``."""
+
+    signal: str
+    on: bool
+    value: float
+
+
 Event = (
     RequestFinished
     | AttemptFinished
@@ -115,4 +138,6 @@ Event = (
     | UpstreamChanged
     | HoldRefused
     | WebhookTried
+    | RequestShed
+    | PressureChanged
 )

@@ -26,6 +26,7 @@ from gateway.core.routing import (
     Wish,
 )
 from gateway.core.tasks import STOPPED, AttemptState
+from gateway.flows.line import Line, Place
 from gateway.ports import (
     AttemptEnd,
     AttemptRecord,
@@ -123,6 +124,9 @@ class Order:
     order_json: Callable[[], str] | None = None
     """Writes the request down, to be kept with a job id if nothing else keeps it."""
     preferences: Preferences = NO_PREFERENCES
+    tenant_id: str = ""
+    place: Place | None = None
+    """Where it stands in line, if it was given a place already."""
 
     def settled_on(self, offer: Offer) -> Order:
         """Return what is left to order once an offer was chosen for a part of it."""
@@ -184,6 +188,8 @@ class Purchase:
     decision: Decision | None = None
     soonest_retry_ms: int | None = None
     attempts: int = 0
+    waited_out: bool = False
+    """No slot came free in time."""
 
     @property
     def images(self) -> tuple[MadeImage, ...]:
@@ -195,7 +201,8 @@ class Purchase:
 class Dispatcher:
     """Spends attempts on offers until an order is filled.
 
-    ``providers`` is keyed by upstream. The retry budget is shared by all orders.
+    ``providers`` is keyed by upstream. The retry budget is shared by all orders, and
+    so is the line in which they wait for slots.
     """
 
     providers: Mapping[str, Provider]
@@ -207,6 +214,7 @@ class Dispatcher:
     budget: limits.RetryBudget = field(default_factory=limits.RetryBudget)
     drained: Callable[[], frozenset[str]] = frozenset
     """Tells the upstreams to which nothing new may go."""
+    line: Line = field(default_factory=Line)
 
     async def buy(self, order: Order) -> Purchase:
         """Carry an order out as far as it goes; never raises ``ProviderError``.
@@ -224,6 +232,8 @@ class Dispatcher:
         purchase = Purchase(missing=order.job.n)
         self.budget = limits.earned(self.budget, self.clock.monotonic_ms())
         tried: set[str] = set()
+        place = order.place or self.line.place(order.tenant_id)
+        order = replace(order, place=place)
         try:
             if await self._resumed(order, purchase, tried) and order.buys:
                 await self._fill(order, purchase, tried)
@@ -232,6 +242,8 @@ class Dispatcher:
             error.client_may_retry = False if purchase.attempts else None
             if not purchase.lots:
                 raise
+        finally:
+            self.line.leave(place)
         return purchase
 
     async def _fill(self, order: Order, purchase: Purchase, tried: set[str]) -> None:
@@ -332,6 +344,9 @@ class Dispatcher:
             return await self._failed(call, error, _Progress(attempt.job_id))
         # What is polled has its slot at the upstream already, with or without ours.
         permit = await self.board.admit(offer.id, order.wish.operation)
+        if permit is not None:
+            assert order.place is not None
+            self.line.took(order.place, offer.upstream)
         outcome = Outcome(cancelled=True)
         try:
             result = await self._carried(call, _Progress(attempt.job_id))
@@ -339,6 +354,7 @@ class Dispatcher:
         finally:
             if permit is not None:
                 await self.board.report(permit, outcome)
+                self.line.gave_back(order.tenant_id, offer.upstream)
         return result
 
     def _call_of(self, order: Order, offer: Offer, attempt: AttemptRecord) -> _Call:
@@ -370,23 +386,40 @@ class Dispatcher:
             chosen = await self._admitted(order, decision, first=not tried)
             if chosen is not None:
                 return chosen
-            full = [c.offer.id for c in decision.left_out if c.waits]
-            full += [c.offer.id for c in decision.ranked]
+            full = {c.offer.upstream for c in decision.left_out if c.waits}
+            full |= {c.offer.upstream for c in decision.ranked}
             if full:
-                if not await self.board.wait_for_slot(full, left_ms / 1000):
+                if not await self._stood(order, purchase, full, left_ms):
                     return None
             elif order.patient and decision.may_return:
                 await self.clock.sleep(min(PATIENT_LOOK_S, left_ms / 1000))
             else:
                 return None
 
+    async def _stood(
+        self, order: Order, purchase: Purchase, upstreams: set[str], left_ms: int
+    ) -> bool:
+        # What was tried already has waited for its turn: only its deadline counts.
+        place = order.place
+        assert place is not None
+        if place.until_ms is not None and not purchase.attempts:
+            left_ms = min(left_ms, place.until_ms - self.clock.monotonic_ms())
+        called = await self.line.stand(place, upstreams, max(0, left_ms) / 1000)
+        purchase.waited_out = not called
+        return called
+
     async def _admitted(
         self, order: Order, decision: Decision, *, first: bool
     ) -> tuple[Offer, Permit] | None:
-        operation = order.wish.operation
+        operation, place = order.wish.operation, order.place
+        assert place is not None
         for candidate in decision.ranked:
+            upstream = candidate.offer.upstream
+            if place.called_to is None and self.line.wanted(upstream):
+                continue  # others have waited for it
             permit = await self.board.admit(candidate.offer.id, operation)
             if permit is not None:
+                self.line.took(place, upstream)
                 return candidate.offer, permit
         if decision.ranked or not first or any(c.waits for c in decision.left_out):
             return None
@@ -395,6 +428,7 @@ class Dispatcher:
         for candidate in sorted(shut, key=lambda c: c.cost_nanousd or 0):
             permit = await self.board.admit(candidate.offer.id, operation, forced=True)
             if permit is not None:
+                self.line.took(place, candidate.offer.upstream)
                 return candidate.offer, permit
         return None
 
@@ -486,10 +520,14 @@ class Dispatcher:
         # is bought in the next round, here again if nothing went wrong.
         per_call = offer.capabilities.n_max
         calls = [first]
+        assert order.place is not None
         for done in range(per_call, purchase.missing, per_call):
+            if self.line.wanted(offer.upstream):
+                break  # the rest stands in line like everybody else
             permit = await self.board.admit(offer.id, order.wish.operation)
             if permit is None:
                 break
+            self.line.took(order.place, offer.upstream)
             n = min(per_call, purchase.missing - done)
             calls.append(self._attempt(order, purchase, offer, n, permit))
         return await _all_of(calls)
@@ -518,6 +556,7 @@ class Dispatcher:
             outcome = _outcome_of(result, call)
         finally:
             await self.board.report(permit, outcome)
+            self.line.gave_back(order.tenant_id, offer.upstream)
         return result
 
     async def _call(self, call: _Call, decision: Decision | None) -> Lot | Failure:

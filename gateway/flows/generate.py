@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 from gateway.core import pricing, tasks
+from gateway.core.admission import Reason, retry_after_s
 from gateway.core.catalogue import Catalogue, Operation
 from gateway.core.errors import (
     ContentRefusedError,
@@ -24,7 +25,7 @@ from gateway.core.errors import (
     insufficient_credits,
     max_credits_exceeded,
 )
-from gateway.core.events import HoldRefused, TaskFinished
+from gateway.core.events import HoldRefused, RequestShed, TaskFinished
 from gateway.core.ledger import Balance, Settled
 from gateway.core.orders import class_of, order_json
 from gateway.core.preferences import routing_facts
@@ -37,6 +38,7 @@ from gateway.core.tokens import (
     estimated_usage,
     reported_usage,
 )
+from gateway.flows.admission import shed_error
 from gateway.flows.dispatch import (
     Dispatcher,
     Failure,
@@ -45,6 +47,7 @@ from gateway.flows.dispatch import (
     decision_json,
 )
 from gateway.flows.inputs import NO_INPUTS, Inputs
+from gateway.flows.line import Place
 from gateway.flows.results import Results
 from gateway.flows.tasks import Facts, Picture, TaskView
 from gateway.ports import (
@@ -95,6 +98,8 @@ class Accepted:
     fence: int = 0
     history: tuple[AttemptRecord, ...] = ()
     buys: bool = True
+    place: Place | None = None
+    """Where it stands in line for a slot; given back when it is carried out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +288,8 @@ class Generate:
             return await self._carried_out(accepted, on_partial, links=links)
         finally:
             accepted.inputs.close()
+            if accepted.place is not None:
+                self.dispatcher.line.leave(accepted.place)
 
     async def _carried_out(
         self,
@@ -299,6 +306,8 @@ class Generate:
             raise
         if not purchase.lots:
             refusal = self._explained(_client_error(purchase), purchase)
+            if purchase.waited_out and not purchase.failures:
+                refusal = self._waited_out(accepted)
             if isinstance(refusal, ServiceUnavailableError):
                 refusal.extra = self._other_variant(accepted.request)
             await self.give_up(accepted, refusal, purchase)
@@ -333,6 +342,11 @@ class Generate:
             retry_after_s=refusal.retry_after_s,
             client_may_retry=refusal.client_may_retry,
         )
+
+    def _waited_out(self, accepted: Accepted) -> GatewayError:
+        task, reason = accepted.task, Reason.WAITED_OUT
+        self.events.emit(RequestShed(task.variant, reason.value, task.tenant_id))
+        return shed_error(reason, retry_after_s(None, self.chance.fraction()))
 
     def _other_variant(self, request: ImageRequest) -> dict[str, object]:
         # What else could be asked for, by the words of the task contract.
@@ -531,6 +545,8 @@ class Generate:
             buys=accepted.buys,
             order_json=partial(_order_json, request),
             preferences=request.routing,
+            tenant_id=accepted.task.tenant_id,
+            place=accepted.place,
         )
 
     def _tell(
