@@ -136,13 +136,16 @@ class Line:
             (
                 standing
                 for standing in self._standing.values()
-                if upstream in standing.upstreams and not standing.call.done()
+                if upstream in standing.upstreams
+                and (not standing.call.done() or standing.place.looks)
             ),
             key=self._order,
             default=None,
         )
-        if first is not None:
-            first.place.called_to, first.place.looks = upstream, looks
+        if first is None:
+            return
+        first.place.called_to, first.place.looks = upstream, looks
+        if not first.call.done():  # else it is on its way to look, and will find it
             first.call.set_result(None)
 
     def _order(self, standing: _Standing) -> tuple[int, int, int]:

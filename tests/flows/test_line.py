@@ -1,0 +1,166 @@
+"""Waiting for a slot, told as stories: who gets the next one, and who gives up."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field, replace
+
+from gateway.core import admission
+from gateway.core.breaker import Outcome
+from gateway.flows.dispatch import Purchase
+from providers.kit.contract import Done, ImageJob, Operation
+from tests.fakes import ScriptedProvider, delivered
+from tests.flows.stories import Shop
+
+CALL_S = 10.0
+
+
+@dataclass
+class Counter:
+    """A shop with few slots, at which tenants ask; notes whom it served, in order."""
+
+    slots: int = 1
+    served: list[str] = field(default_factory=list)
+    n_max: int = 10
+
+    def __post_init__(self) -> None:
+        async def step(job: ImageJob) -> Done:
+            self.served.append(job.prompt)
+            await asyncio.sleep(CALL_S)
+            return delivered(job.n)
+
+        provider = ScriptedProvider(step, n_max=self.n_max)
+        self.shop = Shop({"only": provider}, slots=self.slots)
+
+    def ask(
+        self, tenant: str, n: int = 1, *, wait_ms: int | None = None
+    ) -> asyncio.Task[Purchase]:
+        order = self.shop.order(n)
+        line = self.shop.dispatcher.line
+        until_ms = None
+        if wait_ms is not None:
+            until_ms = self.shop.clock.monotonic_ms() + wait_ms
+        return asyncio.create_task(
+            self.shop.dispatcher.buy(
+                replace(
+                    order,
+                    job=replace(order.job, prompt=tenant),
+                    tenant_id=tenant,
+                    place=line.place(tenant, until_ms=until_ms),
+                )
+            )
+        )
+
+
+async def test_tenants_take_turns_however_many_requests_one_of_them_has() -> None:
+    counter = Counter()
+    noisy = [counter.ask("noisy") for _ in range(20)]
+    await asyncio.sleep(1)
+    quiet = [counter.ask("quiet") for _ in range(3)]
+
+    await asyncio.gather(*noisy, *quiet)
+
+    assert counter.served[:7] == [*["noisy", "quiet"] * 3, "noisy"]
+
+
+async def test_requests_of_one_tenant_are_served_in_the_order_of_their_arrival() -> (
+    None
+):
+    counter = Counter(slots=2)
+    line = counter.shop.dispatcher.line
+    done: list[int] = []
+
+    async def ask(number: int) -> None:
+        await counter.ask("a")
+        done.append(number)
+
+    await asyncio.gather(*(ask(number) for number in range(9)))
+
+    assert done == sorted(done)
+    assert not line.running
+    assert not line.wanted("only")
+
+
+async def test_nobody_who_comes_later_takes_the_slot_of_one_that_waits() -> None:
+    counter = Counter()
+    first, second = counter.ask("a"), counter.ask("b")
+    await first  # its slot is b's by now, though b has not moved yet
+    third = counter.ask("c")
+
+    await asyncio.gather(second, third)
+
+    assert counter.served == ["a", "b", "c"]
+
+
+async def test_a_request_for_many_pictures_leaves_the_slots_that_others_wait_for() -> (
+    None
+):
+    counter = Counter(slots=2, n_max=1)
+    running = [counter.ask("a"), counter.ask("a")]
+    await asyncio.sleep(1)
+    greedy = counter.ask("greedy", n=4)
+    others = [counter.ask("b"), counter.ask("c")]
+
+    await asyncio.gather(*running, greedy, *others)
+
+    assert sorted(counter.served[2:5]) == ["b", "c", "greedy"]
+    assert counter.served.count("greedy") == 4
+
+
+async def test_who_waits_longer_than_it_may_gives_up_and_buys_nothing() -> None:
+    counter = Counter()
+    first = counter.ask("a")
+    await asyncio.sleep(0)
+    late = counter.ask("b", wait_ms=4_000)
+
+    purchase = await late
+
+    assert purchase.waited_out
+    assert purchase.attempts == 0
+    assert counter.shop.clock.monotonic_ms() == 4_000
+    await first
+    assert counter.served == ["a"]
+
+
+async def test_a_slot_that_somebody_was_called_for_and_does_not_use_goes_on() -> None:
+    counter = Counter()
+    shop = counter.shop
+    line, offer = shop.dispatcher.line, shop.offers[0].id
+    permit = await shop.board.admit(offer, Operation.GENERATE)
+    assert permit is not None
+    line.took(line.place("a"), "only")
+    gone, last = counter.ask("b"), counter.ask("c")
+    await asyncio.sleep(0.5)
+    await shop.board.report(permit, Outcome())
+    line.gave_back("a", "only")
+    gone.cancel()  # called already
+
+    await last
+
+    assert counter.served == ["c"]
+    assert shop.clock.monotonic_ms() == 500 + CALL_S * 1000
+
+
+async def test_slots_that_come_back_by_themselves_are_found_within_a_second() -> None:
+    # A rest ends, or a returning upstream takes more: nobody gives a slot back then.
+    counter = Counter()
+    line = counter.shop.dispatcher.line
+    place = line.place("a")
+
+    assert await line.stand(place, ["only"], 60)
+
+    assert place.looks
+    assert counter.shop.clock.monotonic_ms() <= 1_000
+
+
+async def test_the_room_is_left_with_the_first_slot() -> None:
+    counter = Counter()
+    left: list[int] = []
+    line = counter.shop.dispatcher.line
+    place = line.place("a", left=lambda: left.append(1))
+
+    line.took(place, "only")
+    assert left == [1]
+    line.leave(place)
+    assert left == [1]
+    assert admission.turn_of("a", line.running, {})[0] == 1
