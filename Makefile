@@ -25,7 +25,7 @@ serve: setup ## Run the gateway (HOST, PORT, DATA_DIR)
 test: setup-dev $(CLIENTS)/node_modules/.done ## Run every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
 
-chaos: setup-dev ## Kill and stop workers for minutes, and see that nothing is lost
+chaos: setup-dev ## Kill workers and ask for too much, for minutes, and see that nothing is lost
 	$(BIN)/python -m pytest -q -s --whole -o timeout=1200 tests/chaos $(ARGS)
 
 check: setup-dev ## Format, lint, types, import contracts, configuration
@@ -44,6 +44,7 @@ bench: setup-dev ## Measure speed and memory; prints figures
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.fetching
 	$(BIN)/python -m bench.tasks
+	$(BIN)/python -m bench.overload
 	$(BIN)/python -m bench.speed
 
 simulators: setup-dev ## Run six simulated providers on loopback, to rehearse an outage with

@@ -37,6 +37,17 @@ class Table:
         )
         self._short += [] if fits else [name]
 
+    def at_least(self, name: str, found: float, limit: float) -> None:
+        """Print a share and the least that it should be."""
+        fits = found >= limit
+        verdict = "ok" if fits else "UNDER"
+        print(
+            f"{name:<{NAME_CHARS}} {found:>{FOUND_CHARS}.4f}   "
+            f"at least {limit:g}: {verdict}",
+            flush=True,
+        )
+        self._short += [] if fits else [name]
+
     def all_of(self, name: str, found: int, wanted: int) -> None:
         """Print how many of those that should have gone well did."""
         self._count(name, found, wanted, "of")

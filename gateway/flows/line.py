@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from gateway.core.admission import turn_of
+from gateway.core import admission
 
 LOOK_AGAIN_S = 1.0
 """Pauses and steps of a re-entry end without anybody telling: so often the first in
@@ -150,7 +150,9 @@ class Line:
 
     def _order(self, standing: _Standing) -> tuple[int, int, int]:
         place = standing.place
-        fewest, longest_ago = turn_of(place.tenant_id, self._running, self._last_turns)
+        fewest, longest_ago = admission.turn_of(
+            place.tenant_id, self._running, self._last_turns
+        )
         return fewest, longest_ago, place.number
 
     def _keep_looking(self) -> None:

@@ -67,6 +67,7 @@ class LiveGateway:
     first_key: str | None = None
     logs: list[str] = field(default_factory=list)
     log_file: Path | None = None
+    module: str = "gateway"
     _process: subprocess.Popen[str] | None = None
     _collector: threading.Thread | None = None
 
@@ -82,7 +83,7 @@ class LiveGateway:
         options = ["--port", "0", "--data-dir", str(self.data_dir)]
         if self.config is not None:
             options += ["--config", str(self.config)]
-        run = [*COMMAND, "serve", *options]
+        run = [sys.executable, "-m", self.module, "serve", *options]
         if self.log_file is not None:
             run = ["sh", "-c", f'exec "$@" 2>{self.log_file}', "sh", *run]
         self._process = subprocess.Popen(
