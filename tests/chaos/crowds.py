@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+PATIENCE_S = 75.0
 PATH = "/v1/images/generations"
 BODY = json.dumps(
     {"model": "gpt-image-2", "prompt": "a crowd", "quality": "low", "size": "3:1"}
@@ -23,7 +24,7 @@ BODY = json.dumps(
 
 @dataclass(frozen=True)
 class Seen:
-    """One answer, and what it took to get it. Status 0: the connection broke."""
+    """One answer, and what it took to get it. Status 0: there was none."""
 
     status: int
     took_s: float
@@ -53,7 +54,7 @@ Idle = list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
 
 
 async def ask(origin: str, askers: Sequence[Asker], for_s: float) -> float:
-    """Let all of them ask, and wait for the last answer.
+    """Let all of them ask, and wait for the last answer, within bounds.
 
     Returns the moment (monotonic, s) at which they stopped asking.
     """
@@ -72,9 +73,8 @@ async def ask(origin: str, askers: Sequence[Asker], for_s: float) -> float:
     try:
         await asyncio.gather(*(going_on(asker) for asker in askers))
         stopped_s = time.monotonic()
-        await asyncio.wait(calls)
+        await asyncio.wait(calls, timeout=PATIENCE_S)
     finally:
-        # Whoever asked for too little patience does not wait for the last answer.
         for call in calls:
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
@@ -87,12 +87,8 @@ async def ask(origin: str, askers: Sequence[Asker], for_s: float) -> float:
 
 async def _one(origin: str, asker: Asker, idle: Idle) -> None:
     begun_s = time.monotonic()
-    parts = urlsplit(origin)
     try:
-        if idle:
-            reader, writer = idle.pop()
-        else:
-            reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        reader, writer = await _connected(origin, idle)
     except OSError:
         asker.seen.append(Seen(0, time.monotonic() - begun_s, time.monotonic()))
         return
@@ -100,7 +96,7 @@ async def _one(origin: str, asker: Asker, idle: Idle) -> None:
         body = BODY if asker.path is None else b""
         lines = [
             f"{'POST' if body else 'GET'} {asker.path or PATH} HTTP/1.1",
-            f"Host: {parts.netloc}",
+            f"Host: {urlsplit(origin).netloc}",
             f"Authorization: Bearer {asker.key}",
             "Content-Type: application/json",
             f"Content-Length: {len(body)}",
@@ -120,7 +116,20 @@ async def _one(origin: str, asker: Asker, idle: Idle) -> None:
         asker.seen.append(Seen(0, time.monotonic() - begun_s, time.monotonic()))
         writer.close()
     except asyncio.CancelledError:
+        asker.seen.append(Seen(0, time.monotonic() - begun_s, time.monotonic()))
         writer.close()
         raise
     else:
         idle.append((reader, writer))
+
+
+async def _connected(
+    origin: str, idle: Idle
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    while idle:
+        reader, writer = idle.pop()
+        if not reader.at_eof():
+            return reader, writer
+        writer.close()  # the server has closed it meanwhile
+    parts = urlsplit(origin)
+    return await asyncio.open_connection(parts.hostname, parts.port)

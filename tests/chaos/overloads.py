@@ -61,7 +61,7 @@ class Size:
 
 
 SMALL = Size(slots=4, latency_s=0.4, for_s=3, room=16, quiet_per_s=0.75)
-WHOLE = Size(slots=20, latency_s=1.0, for_s=180, room=500, quiet_per_s=1.5)
+WHOLE = Size(slots=20, latency_s=2.0, for_s=180, room=500, quiet_per_s=1.0)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
 from gateway.core import admission
@@ -31,6 +32,19 @@ class Counter:
 
         provider = ScriptedProvider(step, n_max=self.n_max)
         self.shop = Shop({"only": provider}, slots=self.slots)
+
+    async def take_slot(self) -> Callable[[], Awaitable[None]]:
+        """Take a slot for a tenant; returns what gives it back."""
+        board, line = self.shop.board, self.shop.dispatcher.line
+        permit = await board.admit(self.shop.offers[0].id, Operation.GENERATE)
+        assert permit is not None
+        line.took(line.place("a"), "only")
+
+        async def give_back() -> None:
+            await board.report(permit, Outcome())
+            line.gave_back("a", "only")
+
+        return give_back
 
     def ask(
         self, tenant: str, n: int = 1, *, wait_ms: int | None = None
@@ -83,27 +97,31 @@ async def test_requests_of_one_tenant_are_served_in_the_order_of_their_arrival()
 
 async def test_nobody_who_comes_later_takes_the_slot_of_one_that_waits() -> None:
     counter = Counter()
-    first, second = counter.ask("a"), counter.ask("b")
-    await first  # its slot is b's by now, though b has not moved yet
-    third = counter.ask("c")
+    give_back = await counter.take_slot()
+    second = counter.ask("b")
+    await asyncio.sleep(0.5)
+    third = counter.ask("c")  # is about to look, and sees the slot come back
 
+    await give_back()
     await asyncio.gather(second, third)
 
-    assert counter.served == ["a", "b", "c"]
+    assert counter.served == ["b", "c"]
 
 
 async def test_a_request_for_many_pictures_leaves_the_slots_that_others_wait_for() -> (
     None
 ):
     counter = Counter(slots=2, n_max=1)
-    running = [counter.ask("a"), counter.ask("a")]
-    await asyncio.sleep(1)
+    both = [await counter.take_slot(), await counter.take_slot()]
     greedy = counter.ask("greedy", n=4)
     others = [counter.ask("b"), counter.ask("c")]
+    await asyncio.sleep(0.5)
 
-    await asyncio.gather(*running, greedy, *others)
+    for give_back in both:
+        await give_back()
+    await asyncio.gather(greedy, *others)
 
-    assert sorted(counter.served[2:5]) == ["b", "c", "greedy"]
+    assert sorted(counter.served[:3]) == ["b", "c", "greedy"]
     assert counter.served.count("greedy") == 4
 
 
@@ -124,21 +142,16 @@ async def test_who_waits_longer_than_it_may_gives_up_and_buys_nothing() -> None:
 
 async def test_a_slot_that_somebody_was_called_for_and_does_not_use_goes_on() -> None:
     counter = Counter()
-    shop = counter.shop
-    line, offer = shop.dispatcher.line, shop.offers[0].id
-    permit = await shop.board.admit(offer, Operation.GENERATE)
-    assert permit is not None
-    line.took(line.place("a"), "only")
+    give_back = await counter.take_slot()
     gone, last = counter.ask("b"), counter.ask("c")
     await asyncio.sleep(0.5)
-    await shop.board.report(permit, Outcome())
-    line.gave_back("a", "only")
+    await give_back()
     gone.cancel()  # called already
 
     await last
 
     assert counter.served == ["c"]
-    assert shop.clock.monotonic_ms() == 500 + CALL_S * 1000
+    assert counter.shop.clock.monotonic_ms() == 500 + CALL_S * 1000
 
 
 async def test_slots_that_come_back_by_themselves_are_found_within_a_second() -> None:

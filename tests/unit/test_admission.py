@@ -102,6 +102,15 @@ def test_one_tenant_alone_fills_half_of_the_room_and_another_still_gets_in() -> 
     assert refusal("b", crowd({"a": half}), MINUTE_MS) is None
 
 
+def test_the_fuller_the_room_the_less_of_it_may_one_tenant_have() -> None:
+    third = admission.ROOM_MAX_REQUESTS // 3
+
+    assert refusal("a", crowd({"a": third, "b": third - 1}), MINUTE_MS) is None
+    told = refusal("a", crowd({"a": third, "b": third + 2}), MINUTE_MS)
+    assert told is not None
+    assert told.reason is Reason.TENANT_SHARE
+
+
 @given(st.integers(1, 9), st.data())
 def test_however_many_ask_for_all_they_can_get_there_is_room_for_one_more(
     greedy: int, data: st.DataObject
