@@ -129,13 +129,18 @@ def ten_times_too_much(folder: Path, size: Size, *switches: str) -> Overload:
         each_per_s = TIMES_TOO_MUCH * size.capacity_per_s / GREEDY
         askers = [Asker(key, each_per_s) for key in keys]
         reader = Asker(keys[0], READS_PER_S, "/v1/credits")
-        asyncio.run(ask(gateway.url, [Asker(keys[0], 10)], 2))  # imports, first calls
+        first = Asker(keys[0], size.capacity_per_s)
+        asyncio.run(ask(gateway.url, [first], size.latency_s))  # imports, first calls
         resident = [Process(gateway.pid).resident_bytes()]
 
         async def both() -> float:
+            # The slots are taken one after another, and so come free one after
+            # another: calls to a model do not all end at the same moment.
+            taking = asyncio.create_task(ask(gateway.url, [first], size.latency_s))
+            await asyncio.sleep(size.latency_s)
             looking = asyncio.create_task(looked())
             stopped_s = await ask(gateway.url, [*askers, reader], size.for_s)
-            await looking
+            await asyncio.gather(looking, taking)
             return stopped_s
 
         async def looked() -> None:
