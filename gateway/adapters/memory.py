@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+STATM = Path("/proc/self/statm")
 CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
@@ -31,15 +32,14 @@ def memory_gauge() -> Callable[[], float]:
 
     Always 0 where the system does not say.
     """
-    try:
-        statm = open("/proc/self/statm", "rb", buffering=0)  # noqa: PTH123, SIM115
-    except OSError:
-        return lambda: 0.0
     limit_bytes, page_bytes = _limit_bytes(), os.sysconf("SC_PAGE_SIZE")
 
     def share() -> float:
-        statm.seek(0)
-        return int(statm.read(128).split()[1]) * page_bytes / limit_bytes
+        try:
+            resident_pages = int(STATM.read_bytes().split()[1])
+        except OSError:
+            return 0.0
+        return resident_pages * page_bytes / limit_bytes
 
     return share
 
