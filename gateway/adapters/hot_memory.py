@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from gateway.core import breaker
+from gateway.core import breaker, limits
 from gateway.core.breaker import BreakerState, Effect, Flight, Health, Outcome, Record
 from gateway.core.events import BreakerChanged
+from gateway.core.limits import Slots
 from gateway.core.ratios import believed
 from gateway.ports import (
     AccountView,
@@ -18,27 +19,28 @@ from gateway.ports import (
     Permit,
     RouteView,
 )
-from providers.kit.contract import FailureKind, Operation
+from providers.kit.contract import Operation
 
 
 @dataclass(slots=True)
 class _Credential:
     """What one upstream account may carry, and whether it is trusted at all."""
 
-    slots_max: int
-    slots: float
+    slots: Slots
     in_flight: int = 0
     probes: int = 0
-    good_run: int = 0
     record: Record = field(default_factory=Record)
 
 
 @dataclass(slots=True)
 class _Route:
-    """One offer and operation."""
+    """One offer and operation. ``flights`` are in the order of their start."""
 
+    offer_id: str
+    credential: _Credential
     record: Record = field(default_factory=Record)
     flights: dict[int, Flight] = field(default_factory=dict)
+    probes: int = 0
     shown: BreakerState = BreakerState.CLOSED
 
 
@@ -64,16 +66,16 @@ class MemoryBoard:
         self, offer_ids: Iterable[str], operation: Operation
     ) -> Mapping[str, Health]:
         """Tell the health of each offer."""
-        return {i: self._health(i, operation) for i in offer_ids}
+        now_ms = self.clock.monotonic_ms()
+        return {i: self._health(self._route(i, operation), now_ms) for i in offer_ids}
 
     async def admit(
         self, offer_id: str, operation: Operation, *, forced: bool = False
     ) -> Permit | None:
         """Take a slot, and the probe where the breaker is half open."""
-        health = self._health(offer_id, operation)
-        route = self._route(offer_id, operation)
-        credential = self._credential(offer_id)
         now_ms = self.clock.monotonic_ms()
+        route = self._route(offer_id, operation)
+        health = self._health(route, now_ms)
         if forced:
             if not self._may_force(route, health, now_ms):
                 return None
@@ -81,10 +83,11 @@ class MemoryBoard:
         elif not health.callable or health.slots_free < 1:
             return None
         probe = health.state is not BreakerState.CLOSED
-        credential.probes += probe
         self._next_id += 1
         route.flights[self._next_id] = Flight(now_ms, probe)
-        credential.in_flight += 1
+        route.probes += probe
+        route.credential.probes += probe
+        route.credential.in_flight += 1
         return Permit(self._next_id, offer_id, operation, probe)
 
     async def report(self, permit: Permit, outcome: Outcome) -> None:
@@ -94,10 +97,11 @@ class MemoryBoard:
                 outcome.kind, self.clock.now_ms()
             )
         route = self._route(permit.offer_id, permit.operation)
-        credential = self._credential(permit.offer_id)
+        credential = route.credential
         flight = route.flights.pop(permit.id)
-        credential.in_flight -= 1
+        route.probes -= permit.probe
         credential.probes -= permit.probe
+        credential.in_flight -= 1
         now_ms = self.clock.monotonic_ms()
         if outcome.effect is Effect.OPEN_CREDENTIAL and outcome.kind is not None:
             credential.record = breaker.credential_opened(
@@ -105,11 +109,14 @@ class MemoryBoard:
             )
         if outcome.effect is Effect.GOOD:
             credential.record = breaker.credential_after_good(credential.record, flight)
-        _fit_slots(credential, outcome)
+        effect = breaker.effect_of(route.record, flight, outcome, now_ms)
+        credential.slots = limits.slots_after(
+            credential.slots, flight, effect, now_ms, given_up=outcome.given_up
+        )
         route.record = breaker.after_call(
             route.record, flight, outcome, now_ms, self.chance.fraction()
         )
-        self._health(permit.offer_id, permit.operation)
+        self._health(route, now_ms)
 
     async def look(
         self, upstream: str, offers: Iterable[tuple[str, Operation]]
@@ -123,8 +130,8 @@ class MemoryBoard:
             reason=credential.record.reason,
             probe_in_ms=_probe_in_ms(state, credential.record.open_until_ms, now_ms),
             in_flight=credential.in_flight,
-            slots=int(credential.slots),
-            slots_max=credential.slots_max,
+            slots=int(credential.slots.now),
+            slots_max=credential.slots.most,
             routes=tuple(routes),
         )
 
@@ -162,31 +169,29 @@ class MemoryBoard:
         free = health.slots_free > 0
         return health.state is BreakerState.OPEN and rested and free
 
-    def _health(self, offer_id: str, operation: Operation) -> Health:
-        route = self._route(offer_id, operation)
-        credential = self._credential(offer_id)
-        now_ms = self.clock.monotonic_ms()
+    def _health(self, route: _Route, now_ms: int) -> Health:
+        credential = route.credential
         record = self._kept_honest(route, now_ms)
-        state, record_shown = breaker.state_of(record, now_ms), record
+        state, shown = breaker.state_of(record, now_ms), record
         account = breaker.state_of(credential.record, now_ms)
         if account is BreakerState.OPEN or (
             account is BreakerState.HALF_OPEN and state is BreakerState.CLOSED
         ):
-            state, record_shown = account, credential.record
-        probing = any(flight.probe for flight in route.flights.values())
+            state, shown = account, credential.record
+        probing = route.probes > 0
         if account is BreakerState.HALF_OPEN:
             probing = probing or credential.probes > 0
         if state is BreakerState.HALF_OPEN and probing:
             state = BreakerState.OPEN
-            record_shown = replace(record_shown, reason="a probe is under way")
+            shown = replace(shown, reason="a probe is under way")
         if state is not route.shown:
             route.shown = state
-            self._tell(offer_id, state, record_shown.reason)
+            self._tell(route.offer_id, state, shown.reason)
         return Health(
             state=state,
-            reason=record_shown.reason,
-            retry_at_ms=_retry_at_ms(state, record_shown),
-            slots_free=_slots_free(credential, route, now_ms),
+            reason=shown.reason,
+            retry_at_ms=_retry_at_ms(state, shown),
+            slots_free=_slots_free(route, now_ms),
             in_flight=credential.in_flight,
             usual_ms=record.usual_ms,
             cost_ratios=believed(record.ratios, now_ms),
@@ -209,23 +214,25 @@ class MemoryBoard:
         self.events.emit(BreakerChanged(offer_id, upstream, state.value, reason))
 
     def _route(self, offer_id: str, operation: Operation) -> _Route:
-        return self._routes.setdefault((offer_id, operation), _Route())
+        found = self._routes.get((offer_id, operation))
+        if found is None:
+            credential = self._credential(offer_id.partition("/")[0])
+            found = _Route(offer_id, credential)
+            self._routes[offer_id, operation] = found
+        return found
 
-    def _credential(self, offer_id: str) -> _Credential:
-        upstream = offer_id.partition("/")[0]
+    def _credential(self, upstream: str) -> _Credential:
         found = self._credentials.get(upstream)
         if found is None:
             slots = self.slots[upstream]
-            found = self._credentials[upstream] = _Credential(slots, slots)
+            found = self._credentials[upstream] = _Credential(Slots(slots, slots))
         return found
 
 
-def _slots_free(credential: _Credential, route: _Route, now_ms: int) -> int:
-    free = int(credential.slots) - credential.in_flight
-    returning = breaker.reentry_slots(route.record, now_ms)
-    if returning is not None:
-        free = min(free, returning - len(route.flights))
-    return max(0, free)
+def _slots_free(route: _Route, now_ms: int) -> int:
+    free = int(route.credential.slots.now) - route.credential.in_flight
+    room = breaker.reentry_room(route.record, route.flights.values(), now_ms)
+    return max(0, free if room is None else min(free, room))
 
 
 def _probe_in_ms(
@@ -240,17 +247,3 @@ def _retry_at_ms(state: BreakerState, record: Record) -> int | None:
     if state is BreakerState.OPEN:
         return record.open_until_ms
     return record.paused_until_ms if state is BreakerState.PAUSED else None
-
-
-def _fit_slots(credential: _Credential, outcome: Outcome) -> None:
-    # AIMD: shrink where the upstream says that it is too much, grow by one after a
-    # full round of successes. One slot always remains.
-    if outcome.kind in {FailureKind.RATE_LIMITED, FailureKind.TIMEOUT}:
-        credential.slots = max(1.0, credential.slots * breaker.SHRINK_SLOTS)
-        credential.good_run = 0
-        return
-    if outcome.effect is Effect.GOOD:
-        credential.good_run += 1
-        if credential.good_run >= credential.slots:
-            credential.slots = min(credential.slots_max, credential.slots + 1)
-            credential.good_run = 0

@@ -7,7 +7,8 @@ Times are milliseconds of one monotonic clock.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping, Reversible
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -34,8 +35,11 @@ PAUSE_MAX_MS = 300_000
 FORCED_EVERY_MS = 5_000
 AUTH_OPEN_MS = 900_000
 FUNDS_OPEN_MS = 300_000
-SHRINK_SLOTS = 0.7
-USUAL_WEIGHT = 0.1
+USUAL_WEIGHT = 0.03
+USUAL_WEIGHT_SLOW = 0.003
+"""An outage that slows everything must not become the usual before it is seen."""
+FAIR_MS = 180_000
+"""A call that had so long counts against its upstream, whatever is usual there."""
 
 
 class BreakerState(Enum):
@@ -86,11 +90,14 @@ class Outcome:
     """How a call went. No ``kind`` means that it delivered.
 
     ``cancelled`` says that we gave up for reasons of our own: it tells nothing about
-    the upstream. ``sample`` feeds the learned ratio; None when it teaches nothing.
+    the upstream. ``given_up`` says that our time was over: whose fault that is depends
+    on how long it had. ``sample`` feeds the learned ratio; None when it teaches
+    nothing.
     """
 
     kind: FailureKind | None = None
     cancelled: bool = False
+    given_up: bool = False
     retry_after_s: float | None = None
     sample: Sample | None = None
 
@@ -114,11 +121,14 @@ class Flight:
 class Record:
     """All that is remembered of one offer and operation.
 
-    ``buckets`` holds (bucket number, good, bad) of the last 120 s.
+    ``buckets`` holds (bucket number, good, bad) of the last 120 s. ``bad_since_ms`` is
+    when the first call of the streak began. ``usual_ms`` is about the median of what
+    calls take: a mean would follow the few that take very long.
     """
 
     buckets: tuple[tuple[int, int, int], ...] = ()
     bad_streak: int = 0
+    bad_since_ms: int = 0
     last_good_started_ms: int = -1
     open_until_ms: int | None = None
     opened_at_ms: int = -1
@@ -154,7 +164,7 @@ class Health:
     @property
     def callable(self) -> bool:
         """Whether the breaker allows a call (slots aside)."""
-        return self.state in {BreakerState.CLOSED, BreakerState.HALF_OPEN}
+        return self.state is BreakerState.CLOSED or self.state is BreakerState.HALF_OPEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,35 +177,63 @@ class Window:
     slow_streak: int
 
 
-def window_of(record: Record, flights: Iterable[Flight], now_ms: int) -> Window:
-    """Count good, bad and slow calls. A call that hangs counts while it hangs."""
+def window_of(record: Record, flights: Reversible[Flight], now_ms: int) -> Window:
+    """Count good, bad and slow calls. A call that hangs counts while it hangs.
+
+    ``flights`` come oldest first, so that no more of them are looked at than are slow.
+    """
+    limit_ms = slow_after_ms(record)
+    slow = slow_streak = 0
+    for flight in flights:
+        if now_ms - flight.started_ms <= limit_ms:
+            break
+        if _is_news(record, flight):
+            slow += 1
+            slow_streak += flight.started_ms > record.last_good_started_ms
     oldest = (now_ms - WINDOW_MS) // BUCKET_MS
-    live = [bucket for bucket in record.buckets if bucket[0] > oldest]
-    limit_ms = max(SLOW_AFTER_MS, SLOW_TIMES_USUAL * (record.usual_ms or 0.0))
-    slow = [
-        flight
-        for flight in flights
-        if now_ms - flight.started_ms > limit_ms and _is_news(record, flight)
-    ]
-    return Window(
-        good=sum(good for _, good, _ in live),
-        bad=sum(bad for _, _, bad in live),
-        slow=len(slow),
-        slow_streak=sum(f.started_ms > record.last_good_started_ms for f in slow),
-    )
+    good = bad = 0
+    for number, good_then, bad_then in record.buckets:
+        if number > oldest:
+            good += good_then
+            bad += bad_then
+    return Window(good, bad, slow, slow_streak)
 
 
-def trouble(record: Record, flights: Iterable[Flight], now_ms: int) -> str | None:
-    """Say why the breaker must open now, if it must."""
+def slow_after_ms(record: Record) -> float:
+    """Tell the age from which a call counts as slow."""
+    return max(SLOW_AFTER_MS, SLOW_TIMES_USUAL * (record.usual_ms or 0.0))
+
+
+def trouble(record: Record, flights: Reversible[Flight], now_ms: int) -> str | None:
+    """Say why the breaker must open now, if it must. ``flights`` come oldest first.
+
+    Failures come home before successes do, so failures in a row count only where there
+    are as many of them as there are calls still out.
+    """
     seen = window_of(record, flights, now_ms)
     bad = seen.bad + seen.slow
     calls = seen.good + bad
-    if record.bad_streak + seen.slow_streak >= BAD_STREAK_OPENS:
+    streak = record.bad_streak + seen.slow_streak
+    if streak >= BAD_STREAK_OPENS and (
+        seen.slow_streak >= BAD_STREAK_OPENS
+        or _out_since(record.bad_since_ms, flights, streak) <= streak
+    ):
         what = "slow calls" if seen.slow_streak else "failures"
-        return f"{record.bad_streak + seen.slow_streak} {what} in a row"
+        return f"{streak} {what} in a row"
     if calls >= CALLS_MIN and bad >= BAD_SHARE_OPENS * calls:
         return f"{bad} of {calls} calls bad in {WINDOW_MS // 1000} s"
     return None
+
+
+def _out_since(since_ms: int, flights: Reversible[Flight], enough: int) -> int:
+    # Counts calls that began since then and are out, and stops when there are more
+    # than enough of them.
+    out = 0
+    for flight in reversed(flights):
+        if flight.started_ms < since_ms or out > enough:
+            break
+        out += 1
+    return out
 
 
 def state_of(record: Record, now_ms: int) -> BreakerState:
@@ -211,8 +249,10 @@ def state_of(record: Record, now_ms: int) -> BreakerState:
 
 def opened(record: Record, reason: str, now_ms: int, fraction: float) -> Record:
     """Open, or open again: 15 s, doubling to 300 s, give or take a fifth."""
+    # Only a time that it was closed for counts: a probe that fails ends no such time.
     forgotten = (
-        record.closed_at_ms is not None
+        record.open_until_ms is None
+        and record.closed_at_ms is not None
         and now_ms - record.closed_at_ms > OPENINGS_FORGOTTEN_AFTER_MS
     )
     openings = 1 if forgotten else record.openings + 1
@@ -240,33 +280,51 @@ def credential_opened(record: Record, kind: FailureKind, now_ms: int) -> Record:
 
 def credential_after_good(record: Record, flight: Flight) -> Record:
     """Trust a credential again, but not for a call that began before its refusal."""
-    return Record() if flight.started_ms >= record.opened_at_ms else record
+    if record.open_until_ms is None or flight.started_ms < record.opened_at_ms:
+        return record
+    return Record()
+
+
+def effect_of(record: Record, flight: Flight, outcome: Outcome, now_ms: int) -> Effect:
+    """Say what the end of a call means to the breaker of its offer."""
+    effect = outcome.effect
+    if effect is Effect.BAD or effect is Effect.SOFT:
+        fair_ms = min(FAIR_MS, slow_after_ms(record))
+        hasty = outcome.given_up and now_ms - flight.started_ms <= fair_ms
+        if hasty or not _is_news(record, flight):
+            return Effect.NONE
+    return effect
 
 
 def after_call(
     record: Record, flight: Flight, outcome: Outcome, now_ms: int, fraction: float
 ) -> Record:
     """Note the end of a call, and open or close if that follows from it."""
-    effect = outcome.effect
+    effect = effect_of(record, flight, outcome, now_ms)
     if effect is Effect.GOOD:
         return _after_good(record, flight, outcome, now_ms)
+    if effect is Effect.OPEN_CREDENTIAL:
+        return record
     if effect is Effect.PAUSE:
         rest_ms = PAUSE_DEFAULT_MS
         if outcome.retry_after_s is not None:
             rest_ms = min(PAUSE_MAX_MS, max(0, round(outcome.retry_after_s * 1000)))
         until_ms = max(record.paused_until_ms, now_ms + rest_ms)
         return replace(record, paused_until_ms=until_ms, reason="rate_limited")
-    if effect in {Effect.BAD, Effect.SOFT} and outcome.kind is not None:
-        if not _is_news(record, flight):
-            return record
-        noted = replace(
-            _counted(record, now_ms, bad=1),
-            bad_streak=record.bad_streak + (effect is Effect.BAD),
-        )
-        if not flight.probe:
-            return noted
-        return opened(noted, f"probe failed: {outcome.kind.value}", now_ms, fraction)
-    return record
+    if effect is Effect.NONE or outcome.kind is None:
+        return record
+    since_ms = flight.started_ms
+    if record.bad_streak:
+        since_ms = min(record.bad_since_ms, since_ms)
+    noted = replace(
+        record,
+        buckets=_counted(record, now_ms, bad=1),
+        bad_streak=record.bad_streak + (effect is Effect.BAD),
+        bad_since_ms=since_ms,
+    )
+    if not flight.probe:
+        return noted
+    return opened(noted, f"probe failed: {outcome.kind.value}", now_ms, fraction)
 
 
 def closed_by_hand(record: Record, now_ms: int) -> Record:
@@ -290,14 +348,20 @@ def closed_by_hand(record: Record, now_ms: int) -> Record:
     )
 
 
-def reentry_slots(record: Record, now_ms: int) -> int | None:
-    """How many calls at once a returning offer may take; None once it is back."""
+def reentry_room(
+    record: Record, flights: Reversible[Flight], now_ms: int
+) -> int | None:
+    """How many more calls a returning offer may take; None once it is back.
+
+    Calls from before its return, which may hang for minutes yet, take no room.
+    """
     if record.closed_at_ms is None:
         return None
     back_ms = now_ms - record.closed_at_ms
     if back_ms >= REENTRY_MS:
         return None
-    return REENTRY_SLOTS << back_ms // REENTRY_STEP_MS
+    allowed = REENTRY_SLOTS << back_ms // REENTRY_STEP_MS
+    return allowed - _out_since(record.closed_at_ms, flights, allowed)
 
 
 def _is_news(record: Record, flight: Flight) -> bool:
@@ -308,12 +372,18 @@ def _is_news(record: Record, flight: Flight) -> bool:
 def _after_good(
     record: Record, flight: Flight, outcome: Outcome, now_ms: int
 ) -> Record:
-    took_ms = now_ms - flight.started_ms
+    took_ms = max(1, now_ms - flight.started_ms)
+    slow = took_ms > slow_after_ms(record)
+    # A success that was slow in coming excuses no other call: all may be slow there.
+    # Nor does one that began before the trouble.
+    proof = not slow and flight.started_ms >= record.bad_since_ms
+    last_ms = record.last_good_started_ms
     noted = replace(
-        _counted(record, now_ms, good=1),
-        bad_streak=0,
-        last_good_started_ms=max(record.last_good_started_ms, flight.started_ms),
-        usual_ms=_blend(record.usual_ms, took_ms, USUAL_WEIGHT),
+        record,
+        buckets=_counted(record, now_ms, good=1),
+        bad_streak=0 if proof else record.bad_streak,
+        last_good_started_ms=last_ms if slow else max(last_ms, flight.started_ms),
+        usual_ms=_usual_ms(record.usual_ms, took_ms, slow=slow),
     )
     if outcome.sample is not None:
         noted = replace(noted, ratios=learned(record.ratios, outcome.sample, now_ms))
@@ -327,17 +397,24 @@ def _after_good(
         probes_good=0,
         closed_at_ms=now_ms,
         buckets=(),
+        bad_streak=0,
         reason="",
     )
 
 
-def _counted(record: Record, now_ms: int, *, good: int = 0, bad: int = 0) -> Record:
+def _counted(
+    record: Record, now_ms: int, *, good: int = 0, bad: int = 0
+) -> tuple[tuple[int, int, int], ...]:
     number = now_ms // BUCKET_MS
     oldest = (now_ms - WINDOW_MS) // BUCKET_MS
     kept = [bucket for bucket in record.buckets if oldest < bucket[0] != number]
     old = next((b for b in record.buckets if b[0] == number), (number, 0, 0))
-    return replace(record, buckets=(*kept, (number, old[1] + good, old[2] + bad)))
+    return (*kept, (number, old[1] + good, old[2] + bad))
 
 
-def _blend(old: float | None, new: float, weight: float) -> float:
-    return new if old is None else old + weight * (new - old)
+def _usual_ms(old_ms: float | None, took_ms: int, *, slow: bool) -> float:
+    # Blended by factors, not by differences: of lognormal times that is the median.
+    if old_ms is None:
+        return took_ms
+    weight = USUAL_WEIGHT_SLOW if slow else USUAL_WEIGHT
+    return old_ms * math.pow(took_ms / old_ms, weight)

@@ -1,9 +1,13 @@
-"""Bounds on what the gateway does on its own: retries and second purchases. Pure."""
+"""Bounds on what the gateway does: calls at once, retries, second purchases. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from gateway.core.breaker import Effect, Flight
+
+SLOTS_SHRINK = 0.7
+SLOTS_GROW = 0.1
 RETRY_PER_REQUEST = 0.2
 RETRY_TOKENS_MAX = 100.0
 RETRY_FLOOR_PER_S = 0.3
@@ -14,6 +18,42 @@ REBUYS_ALWAYS = 10
 """So many second purchases in 24 h are fine whatever was spent: below that, a share
 of the spend is no measure."""
 REBUY_WINDOW_MS = 24 * 3600 * 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """How many calls at once an upstream is trusted with, of the ``most`` allowed."""
+
+    most: int
+    now: float
+    good_run: int = 0
+    shrunk_at_ms: int = -1
+
+
+def slots_after(
+    slots: Slots, flight: Flight, effect: Effect, now_ms: int, *, given_up: bool
+) -> Slots:
+    """Fit the slots after a call: a tenth more after a round of successes, 0.7 if not.
+
+    Too much were calls that the upstream limits, and those given up after a fair time;
+    one that was broken off says nothing of the load. Calls that began before the last
+    shrinking are part of the crowd that it was for, and one slot always remains. What a
+    probe meets is the breaker's business.
+    """
+    if effect is Effect.GOOD:
+        return _grown(slots)
+    too_much = effect is Effect.PAUSE or (effect is Effect.BAD and given_up)
+    if not too_much or flight.probe or flight.started_ms < slots.shrunk_at_ms:
+        return slots
+    fewer = max(1.0, slots.now * SLOTS_SHRINK)
+    return replace(slots, now=fewer, good_run=0, shrunk_at_ms=now_ms)
+
+
+def _grown(slots: Slots) -> Slots:
+    if slots.good_run + 1 < slots.now:
+        return replace(slots, good_run=slots.good_run + 1)
+    more = max(1.0, slots.now * SLOTS_GROW)
+    return replace(slots, now=min(slots.most, slots.now + more), good_run=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from gateway.core.ratios import RATIO_SCALE, adjusted, tier_of
 from providers.kit.contract import Capabilities, FailureKind, Operation
 
 ATTEMPTS_MAX = 3
+_UNSEEN = Health()
 
 
 class Next(Enum):
@@ -47,11 +48,14 @@ NEEDS_BUDGET = frozenset(
         FailureKind.OVERLOADED,
         FailureKind.BAD_GATEWAY,
         FailureKind.NETWORK,
-        FailureKind.TIMEOUT,
         FailureKind.NO_OUTPUT,
     }
 )
-"""Kinds after which a further attempt could pile load onto a struggling pool."""
+"""Kinds after which a further attempt could pile load onto a struggling pool.
+
+A timeout is not among them: when an upstream dies, all that it had under way is cut off
+at once, far more than any budget of retries. What bounds it is the share of the spend.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,21 +195,39 @@ def cannot(capabilities: Capabilities, wish: Wish) -> str | None:
 
     The output format is no matter: what an upstream cannot make is converted here.
     """
-    size = f"{wish.size[0]}x{wish.size[1]}" if wish.size else "auto"
-    checks = {
-        f"cannot {wish.operation.value}": wish.operation in capabilities.operations,
-        f"cannot make size {size}": not capabilities.sizes
-        or wish.size in capabilities.sizes,
-        f"cannot make quality {wish.quality}": not capabilities.qualities
-        or wish.quality in capabilities.qualities,
-        "makes no picture format": bool(capabilities.output_formats),
-        f"cannot make a {wish.background} background": wish.background
-        in {None, "auto", *capabilities.backgrounds},
-        f"takes at most {capabilities.references_max} references": wish.references
-        <= capabilities.references_max,
-        "cannot use a mask": capabilities.mask or not wish.mask,
-    }
-    return next((reason for reason, fine in checks.items() if not fine), None)
+    checks = (
+        (wish.operation in capabilities.operations, "cannot {operation}"),
+        (
+            not capabilities.sizes or wish.size in capabilities.sizes,
+            "cannot make size {size}",
+        ),
+        (
+            not capabilities.qualities or wish.quality in capabilities.qualities,
+            "cannot make quality {quality}",
+        ),
+        (bool(capabilities.output_formats), "makes no picture format"),
+        (
+            wish.background is None
+            or wish.background == "auto"
+            or wish.background in capabilities.backgrounds,
+            "cannot make a {background} background",
+        ),
+        (
+            wish.references <= capabilities.references_max,
+            "takes at most {references_max} references",
+        ),
+        (capabilities.mask or not wish.mask, "cannot use a mask"),
+    )
+    for fine, reason in checks:
+        if not fine:
+            return reason.format(
+                operation=wish.operation.value,
+                size=f"{wish.size[0]}x{wish.size[1]}" if wish.size else "auto",
+                quality=wish.quality,
+                background=wish.background,
+                references_max=capabilities.references_max,
+            )
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,14 +263,14 @@ def decide(
     ranked: list[Candidate] = []
     left_out: list[Candidate] = []
     for offer, cost_nanousd in priced:
-        seen = health.get(offer.id, Health())
+        seen = health.get(offer.id, _UNSEEN)
         candidate = _judged(wish, offer, cost_nanousd, seen, moment, tried)
         candidate = _wanted(candidate, preferences, moment)
         (left_out if candidate.reason else ranked).append(candidate)
 
     def order(candidate: Candidate) -> tuple[int, bool, float, int, int, str]:
         offer, cost_nanousd = candidate.offer, candidate.cost_nanousd or 0
-        seen = health.get(offer.id, Health())
+        seen = health.get(offer.id, _UNSEEN)
         place = preferences.place_of(offer) if preferences.order else 0
         late = bool(tried) and seen.doubtful
         first = _sort_key(preferences.sort, seen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 
 from gateway.core import limits, routing
@@ -25,7 +25,7 @@ from gateway.core.routing import (
     Preferences,
     Wish,
 )
-from gateway.core.tasks import STOPPED, AttemptState
+from gateway.core.tasks import STOPPED, AttemptState, FencedError
 from gateway.flows.line import Line, Place
 from gateway.ports import (
     AttemptEnd,
@@ -53,6 +53,8 @@ from providers.kit.contract import (
 )
 
 ATTEMPT_MAX_MS = 240_000
+ANOTHER_MS = 90_000
+"""What a call leaves of the deadline where another offer could be tried after it."""
 ANSWER_RESERVE_MS = 5_000
 """Kept back from the deadline for storing, settling and answering."""
 POLL_MIN_S = 0.2
@@ -160,6 +162,8 @@ class Failure:
     error: ProviderError
     accepted: bool = False
     """A job that may still be alive is known by its id: it is not bought again."""
+    given_up: bool = False
+    """It was our time that was over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +194,8 @@ class Purchase:
     attempts: int = 0
     waited_out: bool = False
     """No slot came free in time."""
+    stands_by: bool = False
+    """Whether another offer could be tried if the present round fails."""
 
     @property
     def images(self) -> tuple[MadeImage, ...]:
@@ -385,6 +391,7 @@ class Dispatcher:
                 return None
             chosen = await self._admitted(order, decision, first=not tried)
             if chosen is not None:
+                purchase.stands_by = _stands_by(purchase, decision, chosen[0], tried)
                 return chosen
             full = {c.offer.upstream for c in decision.left_out if c.waits}
             full |= {c.offer.upstream for c in decision.ranked}
@@ -471,6 +478,7 @@ class Dispatcher:
         # Tells whether to start over, after a pause.
         failures = purchase.failures
         waits = order.patient and failures and not purchase.lots
+        waits = waits and order.preferences.attempts_max > 1
         if not waits or purchase.attempts >= PATIENT_ATTEMPTS_MAX:
             return False
         if not all(f.error.kind in OUTAGES for f in failures):
@@ -549,6 +557,7 @@ class Dispatcher:
             estimate_nanousd=order.cost_nanousd(offer, n) or 0,
             started_ms=self.clock.now_ms(),
             started_mono_ms=self.clock.monotonic_ms(),
+            stands_by=purchase.stands_by,
         )
         outcome = Outcome(cancelled=True)
         try:
@@ -591,31 +600,36 @@ class Dispatcher:
         end = call.failed(error, self.clock.now_ms(), alive=alive)
         await self.store.end_attempt(end)
         self._tell(call, end)
-        return Failure(call.offer, error, alive)
+        return Failure(call.offer, error, alive, progress.given_up)
 
     async def _deliver(self, call: _Call, progress: _Progress) -> Done:
-        # The deadline is kept here, outside any HTTP client: a server that drips
-        # satisfies every timeout of a client for ever.
+        # The supervisor of adapters: one that breaks its contract fails its own
+        # attempt, and the next upstream is tried.
         try:
-            async with asyncio.timeout_at(self._limit_s(call, progress)) as limit:
-                return await self._worked_off(call, progress, limit)
-        except TimeoutError:
-            error = ProviderError(FailureKind.TIMEOUT, "no answer in time")
-        except ProviderError as failed:
-            if progress.job_id is None or failed.ended:
-                raise
-            error = failed
-        except GatewayError:
+            return await self._in_time(call, progress)
+        except (ProviderError, GatewayError, FencedError):
             raise
         except Exception as bug:
-            # The supervisor of adapters: one that breaks its contract fails its own
-            # attempt, and the next upstream is tried.
             self.crashed(bug, f"{call.offer.id} for {call.job.task_id}")
             raise ProviderError(
                 FailureKind.BAD_GATEWAY,
                 f"the adapter failed: {type(bug).__name__}",
                 billed=Billed.MAYBE,
             ) from bug
+
+    async def _in_time(self, call: _Call, progress: _Progress) -> Done:
+        # The deadline is kept here, outside any HTTP client: a server that drips
+        # satisfies every timeout of a client for ever.
+        try:
+            async with asyncio.timeout_at(self._limit_s(call, progress)) as limit:
+                return await self._worked_off(call, progress, limit)
+        except TimeoutError:
+            progress.given_up = True
+            error = ProviderError(FailureKind.TIMEOUT, "no answer in time")
+        except ProviderError as failed:
+            if progress.job_id is None or failed.ended:
+                raise
+            error = failed
         return await self._given_up(call, error, progress.job_id)
 
     def _limit_s(self, call: _Call, progress: _Progress) -> float:
@@ -623,6 +637,8 @@ class Dispatcher:
         now_ms = self.clock.monotonic_ms()
         left_ms = max(0, call.order.deadline_ms - ANSWER_RESERVE_MS - now_ms)
         if progress.job_id is None:
+            if call.stands_by:
+                left_ms = max(left_ms // 2, left_ms - ANOTHER_MS)
             left_ms = min(left_ms, ATTEMPT_MAX_MS)
         return asyncio.get_running_loop().time() + left_ms / 1000
 
@@ -691,6 +707,8 @@ class Dispatcher:
             except asyncio.CancelledError:
                 # Whoever cancels reads next which jobs there are.
                 await asyncio.wait({writing})
+                with suppress(Exception):
+                    writing.result()  # nobody else looks at how it went
                 raise
             except ServiceUnavailableError:
                 await self.clock.sleep(ACCEPT_PAUSE_S)
@@ -704,13 +722,10 @@ class Dispatcher:
         told = await self._told_to_stop(call, job_id, STOP_AT_END_MAX_S)
         if told is None:
             return await self._last_look(call, error, job_id)
-        raise ProviderError(
-            error.kind,
-            f"{error.detail}; the job was told to stop",
-            billed=told.billed,
-            cost_nanousd=told.cost_nanousd,
-            ended=error.ended,
-        ) from error
+        error.detail += "; the job was told to stop"
+        if error.billed is not Billed.YES:
+            error.billed, error.cost_nanousd = told.billed, told.cost_nanousd
+        raise error
 
     async def _last_look(self, call: _Call, error: ProviderError, job_id: str) -> Done:
         provider = self.providers[call.offer.upstream]
@@ -720,6 +735,10 @@ class Dispatcher:
                 step = await provider.poll(job, job_id)
         except TimeoutError:
             raise error from None
+        except ProviderError as seen:
+            if seen.ended:
+                raise  # it tells how the job ended
+            raise error from seen
         if isinstance(step, Done):
             return step
         raise error
@@ -767,6 +786,7 @@ class Dispatcher:
 class _Progress:
     job_id: str | None = None
     partials: int = 0
+    given_up: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -780,6 +800,8 @@ class _Call:
     started_mono_ms: int
     is_second: bool = False
     """It was handed over before, by a worker that was lost."""
+    stands_by: bool = False
+    """Whether another offer could be tried if it fails."""
 
     @property
     def known_by_name(self) -> bool:
@@ -871,6 +893,16 @@ async def _streamed(
     raise ProviderError(FailureKind.TIMEOUT, "the stream ended without a picture")
 
 
+def _stands_by(
+    purchase: Purchase, decision: Decision, chosen: Offer, tried: frozenset[str]
+) -> bool:
+    # After a second call without an answer nothing more is bought.
+    lost = any(f.error.kind is FailureKind.TIMEOUT for f in purchase.failures)
+    last = len(tried) + 1 >= decision.preferences.attempts_max
+    others = any(c.offer.id != chosen.id for c in decision.ranked)
+    return others and not lost and not last
+
+
 def _rule(failure: Failure) -> Next:
     return Next.NEVER if failure.accepted else routing.NEXT_BY_KIND[failure.error.kind]
 
@@ -912,7 +944,12 @@ def _job_at(offer: Offer, job: ImageJob, n: int, seq: int) -> ImageJob:
 
 def _outcome_of(result: Lot | Failure, call: _Call) -> Outcome:
     if isinstance(result, Failure):
-        return Outcome(kind=result.error.kind, retry_after_s=result.error.retry_after_s)
+        error = result.error
+        return Outcome(
+            kind=error.kind,
+            given_up=result.given_up,
+            retry_after_s=error.retry_after_s,
+        )
     # Fewer pictures than asked for say nothing about the price of one, nor does a cost
     # that was taken from the card.
     if result.short or result.end.cost_source not in REPORTED:

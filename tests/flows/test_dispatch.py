@@ -14,7 +14,12 @@ from gateway.core.limits import REBUYS_ALWAYS, RetryBudget, RiskBook
 from gateway.core.ratios import SAMPLES_MIN
 from gateway.core.routing import NEXT_BY_KIND, Next
 from gateway.core.tasks import AttemptState
-from gateway.flows.dispatch import ANSWER_RESERVE_MS, ATTEMPT_MAX_MS, Purchase
+from gateway.flows.dispatch import (
+    ANOTHER_MS,
+    ANSWER_RESERVE_MS,
+    ATTEMPT_MAX_MS,
+    Purchase,
+)
 from gateway.ports import AttemptRecord
 from providers.kit.contract import (
     Billed,
@@ -165,11 +170,20 @@ async def test_what_may_have_been_billed_is_booked_as_waste() -> None:
 
 
 async def test_an_upstream_that_hangs_is_left_at_its_limit() -> None:
+    shop = Shop({"only": ScriptedProvider(forever)})
+
+    await shop.buy()
+
+    assert shop.clock.monotonic_ms() == ATTEMPT_MAX_MS
+
+
+async def test_an_upstream_that_hangs_is_left_while_another_has_time_enough() -> None:
     shop = Shop({"cheap": ScriptedProvider(forever), "dear": working()})
 
     purchase = await shop.buy()
 
-    assert shop.clock.monotonic_ms() == ATTEMPT_MAX_MS
+    left_ms = DEADLINE_MS - ANSWER_RESERVE_MS
+    assert shop.clock.monotonic_ms() == left_ms - ANOTHER_MS
     assert [lot.offer.upstream for lot in purchase.lots] == ["dear"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -47,6 +48,28 @@ def test_four_failures_in_a_row_are_borne_and_the_fifth_is_not() -> None:
     assert trouble(after(Record(), *[BAD] * 5), [], NOW_MS) == "5 failures in a row"
 
 
+def test_successes_from_before_the_trouble_do_not_break_a_streak() -> None:
+    old, new = Flight(NOW_MS - 30_000), Flight(NOW_MS)
+    record = Record()
+    for now_ms in range(NOW_MS + 200, NOW_MS + 1_200, 200):
+        record = after_call(record, new, BAD, now_ms, 0.5)
+        record = after_call(record, old, GOOD, now_ms + 1, 0.5)
+
+    assert trouble(record, [], NOW_MS + 1_200) == "5 failures in a row"
+
+    record = after_call(record, Flight(NOW_MS + 1), GOOD, NOW_MS + 1_300, 0.5)
+    assert trouble(record, [], NOW_MS + 1_300) is None
+
+
+def test_a_few_quick_failures_are_no_streak_while_more_calls_are_still_out() -> None:
+    # Of a healthy upstream under load: failures come home before successes do.
+    record = after(Record(), *[BAD] * 5)
+    out = [Flight(NOW_MS - 900)] * 6
+
+    assert trouble(record, out, NOW_MS) is None
+    assert trouble(record, out[:5], NOW_MS) == "5 failures in a row"
+
+
 def test_half_of_ten_calls_bad_opens_though_none_are_in_a_row() -> None:
     nine = after(Record(), *[BAD, GOOD] * 4, BAD)
     assert trouble(nine, [], NOW_MS) is None
@@ -67,6 +90,37 @@ def test_calls_that_hang_open_the_breaker_before_they_come_back() -> None:
 
     assert trouble(Record(), stuck, just_before) is None
     assert trouble(Record(), stuck, just_before + 1) == "5 slow calls in a row"
+
+
+def test_usual_is_near_the_median_though_a_few_calls_take_very_long() -> None:
+    record, dice = Record(), Random(1)
+    for call in range(2_000):
+        took_ms = round(25_000 * dice.lognormvariate(0, 0.65))
+        now_ms = NOW_MS + call * 1_000
+        record = after_call(record, Flight(now_ms - took_ms), GOOD, now_ms, 0.5)
+
+    assert record.usual_ms is not None
+    assert 21_000 < record.usual_ms < 29_000
+
+
+def test_a_success_that_was_slow_in_coming_excuses_no_other_call() -> None:
+    began_ms = NOW_MS - breaker.SLOW_AFTER_MS - 1
+    record = replace(Record(bad_streak=4), usual_ms=25_000.0)
+
+    slow = after_call(record, Flight(began_ms), GOOD, NOW_MS, 0.5)
+    fine = after_call(record, Flight(began_ms + 1), GOOD, NOW_MS, 0.5)
+
+    assert (slow.bad_streak, slow.last_good_started_ms) == (4, -1)
+    assert (fine.bad_streak, fine.last_good_started_ms) == (0, began_ms + 1)
+
+
+def test_an_hour_in_which_all_is_slow_does_not_become_the_usual() -> None:
+    record = Record(usual_ms=25_000.0)
+    for _ in range(30):
+        record = after_call(record, Flight(NOW_MS - 200_000), GOOD, NOW_MS, 0.5)
+
+    assert record.usual_ms is not None
+    assert record.usual_ms < 31_000
 
 
 def test_slow_is_measured_by_what_is_usual() -> None:
@@ -97,6 +151,24 @@ def test_our_own_cancelling_says_nothing() -> None:
     assert after(Record(), *[Outcome(cancelled=True)] * 50) == Record()
 
 
+def test_a_call_that_had_too_little_time_says_nothing() -> None:
+    hasty = Outcome(kind=FailureKind.TIMEOUT, given_up=True)
+    record = Record(usual_ms=20_000.0)
+
+    def given(age_ms: int) -> Record:
+        return after_call(record, Flight(NOW_MS - age_ms), hasty, NOW_MS, 0.5)
+
+    assert given(breaker.SLOW_AFTER_MS) == record
+    assert given(breaker.SLOW_AFTER_MS + 1).bad_streak == 1
+
+    record = Record(usual_ms=100_000.0)
+    assert given(breaker.FAIR_MS) == record
+    assert given(breaker.FAIR_MS + 1).bad_streak == 1
+
+    record = Record(usual_ms=20_000.0)
+    assert after(record, Outcome(kind=FailureKind.TIMEOUT)).bad_streak == 1
+
+
 @pytest.mark.parametrize(("opening", "seconds"), [(1, 15), (2, 30), (3, 60), (9, 300)])
 def test_each_opening_is_twice_as_long_up_to_five_minutes(
     opening: int, seconds: int
@@ -122,6 +194,16 @@ def test_openings_are_forgotten_after_ten_quiet_minutes() -> None:
 
     assert breaker.opened(record, "", later_ms, 0.5).openings == 6
     assert breaker.opened(record, "", later_ms + 1, 0.5).openings == 1
+
+
+def test_a_second_outage_is_backed_off_from_like_the_first() -> None:
+    record = replace(Record(), openings=5, closed_at_ms=NOW_MS)
+    now_ms = NOW_MS + 2 * breaker.OPENINGS_FORGOTTEN_AFTER_MS
+    record = breaker.opened(record, "", now_ms, 0.5)
+
+    for seconds in (30, 60, 120, 240, 300):
+        record = probed(record, BAD, now_ms)
+        assert record.open_until_ms == now_ms + seconds * 1000
 
 
 def test_an_open_breaker_becomes_half_open_by_time_alone() -> None:
@@ -154,11 +236,21 @@ def test_late_failures_of_an_outage_do_not_count_after_the_recovery() -> None:
 
 def test_traffic_returns_in_doubling_steps() -> None:
     record = replace(Record(), closed_at_ms=NOW_MS)
-    steps = [breaker.reentry_slots(record, NOW_MS + s * 1000) for s in (0, 10, 30, 59)]
+    steps = [
+        breaker.reentry_room(record, [], NOW_MS + s * 1000) for s in (0, 10, 30, 59)
+    ]
 
     assert steps == [2, 4, 16, 64]
-    assert breaker.reentry_slots(record, NOW_MS + 60_000) is None
-    assert breaker.reentry_slots(Record(), NOW_MS) is None
+    assert breaker.reentry_room(record, [], NOW_MS + 60_000) is None
+    assert breaker.reentry_room(Record(), [], NOW_MS) is None
+
+
+def test_calls_stuck_since_the_outage_take_no_room_from_those_that_return() -> None:
+    record = replace(Record(), closed_at_ms=NOW_MS)
+    stuck = [Flight(NOW_MS - 60_000)] * 40
+
+    assert breaker.reentry_room(record, stuck, NOW_MS) == 2
+    assert breaker.reentry_room(record, [*stuck, Flight(NOW_MS)], NOW_MS) == 1
 
 
 def test_a_pause_is_as_long_as_asked_but_five_minutes_at_most() -> None:
