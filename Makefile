@@ -10,7 +10,7 @@ DATA_DIR ?= data
 CLIENTS := tests/clients
 SOURCES := gateway providers tests bench
 
-.PHONY: help setup setup-dev serve test chaos check format bench simulators lock clean
+.PHONY: help setup setup-dev serve test chaos check format bench simulate simulators lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -40,12 +40,16 @@ format: setup-dev ## Format the sources
 	$(BIN)/ruff check --fix $(SOURCES)
 
 bench: setup-dev ## Measure speed and memory; prints figures
+	$(BIN)/python -m bench.decisions
 	$(BIN)/python -m bench.ledger
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.fetching
 	$(BIN)/python -m bench.tasks
 	$(BIN)/python -m bench.overload
 	$(BIN)/python -m bench.speed
+
+simulate: setup-dev ## Simulate years of outages; prints availability, cost and more
+	$(BIN)/python -m bench.simulation
 
 simulators: setup-dev ## Run six simulated providers on loopback, to rehearse an outage with
 	@exec $(BIN)/python -m tests.simulators $(ARGS)

@@ -25,12 +25,14 @@ class Table:
         """Print a figure that has no target."""
         print(f"{name:<{NAME_CHARS}} {found:>{FOUND_CHARS}}", flush=True)
 
-    def at_most(self, name: str, found: float, limit: float, unit: str) -> None:
+    def at_most(
+        self, name: str, found: float, limit: float, unit: str, *, places: int = 1
+    ) -> None:
         """Print a figure and the most that it should be."""
         fits = found <= limit
         verdict = "ok" if fits else "OVER"
-        text = f"{found:,.1f} {unit}"
-        wanted = f"at most {limit:,.1f} {unit}"
+        text = f"{found:,.{places}f} {unit}"
+        wanted = f"at most {limit:,.{places}f} {unit}"
         print(
             f"{name:<{NAME_CHARS}} {text:>{FOUND_CHARS}}   {wanted}: {verdict}",
             flush=True,
@@ -48,6 +50,17 @@ class Table:
         )
         self._short += [] if fits else [name]
 
+    def share_at_least(self, name: str, found: float, limit: float) -> None:
+        """Print a share, from 0 to 1, and the least that it should be."""
+        fits = found >= limit
+        verdict = "ok" if fits else "UNDER"
+        wanted = f"at least {limit:.2%}"
+        print(
+            f"{name:<{NAME_CHARS}} {found:>{FOUND_CHARS}.4%}   {wanted}: {verdict}",
+            flush=True,
+        )
+        self._short += [] if fits else [name]
+
     def all_of(self, name: str, found: int, wanted: int) -> None:
         """Print how many of those that should have gone well did."""
         self._count(name, found, wanted, "of")
@@ -59,7 +72,7 @@ class Table:
     def end(self) -> None:
         """Say what fell short, and how busy the machine was by then."""
         missed = ", ".join(self._short) or "nothing"
-        print(f"-- over its target: {missed} (load {load()})", flush=True)
+        print(f"-- off its target: {missed} (load {load()})", flush=True)
 
     def _count(self, name: str, found: int, wanted: int, word: str) -> None:
         verdict = "ok" if found == wanted else "WRONG"
