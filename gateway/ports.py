@@ -9,7 +9,6 @@ from typing import Literal, Protocol
 from gateway.core.breaker import BreakerState, Health, Outcome, Window
 from gateway.core.events import Event
 from gateway.core.ledger import Balance, Settled
-from gateway.core.limits import RiskBook
 from gateway.core.pricing import CostSource
 from gateway.core.routing import NO_PREFERENCES, Preferences
 from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
@@ -105,6 +104,19 @@ class NewAttempt:
     fence: int = 0
     n: int = 1
     """How many pictures it asks for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuy:
+    """A purchase after an attempt without a whole answer, which may have been paid.
+
+    ``seq`` is that attempt, ``risked_nanousd`` what it may have cost.
+    """
+
+    task_id: str
+    seq: int
+    risked_nanousd: int
+    created_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -487,8 +499,11 @@ class TaskStore(Protocol):
         """
         ...
 
-    async def risk_book(self, since_ms: int) -> RiskBook:
-        """Read the second purchases and the spend since a time."""
+    async def rebuy(self, rebuy: Rebuy, since_ms: int) -> bool:
+        """Note a second purchase if the spend since a time can bear it.
+
+        True for one that was noted before. See ``limits.may_rebuy``.
+        """
         ...
 
 

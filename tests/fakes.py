@@ -19,7 +19,7 @@ from gateway.core import ledger
 from gateway.core.errors import InsufficientCreditsError, ServiceUnavailableError
 from gateway.core.events import Event
 from gateway.core.ledger import Balance, Settled
-from gateway.core.limits import RiskBook
+from gateway.core.limits import RiskBook, may_rebuy
 from gateway.core.tasks import AttemptState, TaskState
 from gateway.ports import (
     AttemptEnd,
@@ -29,6 +29,7 @@ from gateway.ports import (
     NewAttempt,
     NewTask,
     OpenBlob,
+    Rebuy,
     TaskEnd,
     TaskRecord,
 )
@@ -295,12 +296,9 @@ class MemoryStore:
     def _end(self, end: AttemptEnd) -> None:
         if not end.won:
             self.waste_nanousd += end.cost_nanousd
-        if not end.won and end.billed is Billed.MAYBE:
-            self.risk = RiskBook(
-                self.risk.rebuys + 1,
-                self.risk.risked_nanousd + end.cost_nanousd,
-                self.risk.spent_nanousd + end.cost_nanousd,
-            )
+        self.risk = replace(
+            self.risk, spent_nanousd=self.risk.spent_nanousd + end.cost_nanousd
+        )
         self._note_end(end)
 
     async def finish(self, end: TaskEnd) -> Settled:
@@ -345,8 +343,14 @@ class MemoryStore:
     async def take_up_overdue(self, before_ms: int) -> int:
         return 0
 
-    async def risk_book(self, since_ms: int) -> RiskBook:
-        return self.risk
+    async def rebuy(self, rebuy: Rebuy, since_ms: int) -> bool:
+        allowed = may_rebuy(self.risk, rebuy.risked_nanousd)
+        if allowed:
+            risked_nanousd = self.risk.risked_nanousd + rebuy.risked_nanousd
+            self.risk = replace(
+                self.risk, rebuys=self.risk.rebuys + 1, risked_nanousd=risked_nanousd
+            )
+        return allowed
 
     def _note_end(self, end: AttemptEnd) -> None:
         task = self.tasks.get(end.task_id)

@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from gateway.core import ledger
+from gateway.core import ledger, limits
 from gateway.core.errors import InsufficientCreditsError
 from gateway.core.ledger import Balance, Settled
 from gateway.core.limits import REBUY_WINDOW_MS, RiskBook
@@ -22,6 +22,7 @@ from gateway.ports import (
     Earlier,
     NewAttempt,
     NewTask,
+    Rebuy,
     TaskEnd,
     TaskRecord,
 )
@@ -137,14 +138,20 @@ class Books:
         self.charged_nanocredits += settled.charged
         return settled
 
-    async def risk_book(self, since_ms: int) -> RiskBook:
+    async def rebuy(self, rebuy: Rebuy, since_ms: int) -> bool:
         """See ``TaskStore``; to the minute."""
         live = [s for s in self._day if s.minute >= since_ms // BUCKET_MS]
-        return RiskBook(
+        book = RiskBook(
             sum(s.rebuys for s in live),
             sum(s.risked_nanousd for s in live),
             sum(s.spent_nanousd for s in live),
         )
+        allowed = limits.may_rebuy(book, rebuy.risked_nanousd)
+        if allowed:
+            now = self._minute(rebuy.created_ms)
+            now.rebuys += 1
+            now.risked_nanousd += rebuy.risked_nanousd
+        return allowed
 
     async def audit(self) -> AuditReport:
         """See ``Ledger``."""
@@ -207,19 +214,18 @@ class Books:
         self.accounts.update(lines)
         self.entries += len(lines)
 
-    def _spend(self, end: AttemptEnd) -> None:
-        minute = end.finished_ms // BUCKET_MS
+    def _minute(self, now_ms: int) -> _Spend:
+        minute = now_ms // BUCKET_MS
         if not self._day or self._day[-1].minute != minute:
             self._day.append(_Spend(minute))
             oldest = minute - REBUY_WINDOW_MS // BUCKET_MS
             while self._day[0].minute < oldest:
                 self._day.popleft()
+        return self._day[-1]
+
+    def _spend(self, end: AttemptEnd) -> None:
         timeout = end.kind == FailureKind.TIMEOUT.value
-        unknown = end.billed is Billed.MAYBE and timeout
-        now = self._day[-1]
-        now.spent_nanousd += end.cost_nanousd
-        now.rebuys += unknown
-        now.risked_nanousd += end.cost_nanousd * unknown
-        self.unknown_outcomes += unknown
+        self.unknown_outcomes += end.billed is Billed.MAYBE and timeout
+        self._minute(end.finished_ms).spent_nanousd += end.cost_nanousd
         self.cost_nanousd += end.cost_nanousd
         self.waste_nanousd += 0 if end.won else end.cost_nanousd

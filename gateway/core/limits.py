@@ -84,19 +84,20 @@ def _filled(budget: RetryBudget, now_ms: int, extra: float) -> RetryBudget:
 
 @dataclass(frozen=True, slots=True)
 class RiskBook:
-    """Second purchases after unknown outcomes, and all spend, over 24 h."""
+    """Second purchases, what the first ones may have cost, and all spend, over 24 h."""
 
     rebuys: int
     risked_nanousd: int
     spent_nanousd: int
 
 
-def may_rebuy(book: RiskBook) -> bool:
-    """Tell whether a second purchase may be made after an unknown outcome.
+def may_rebuy(book: RiskBook, risk_nanousd: int) -> bool:
+    """Tell whether one more purchase may be made after an unknown outcome.
 
-    The book counts that outcome already. Second purchases stay within one percent of
-    the spend, or within the first few of a day.
+    ``risk_nanousd`` is what that outcome may have cost. What is risked stays within one
+    percent of the spend, or within the first few of a day.
     """
-    if book.rebuys <= REBUYS_ALWAYS:
+    if book.rebuys < REBUYS_ALWAYS:
         return True
-    return book.risked_nanousd * 100 <= book.spent_nanousd * REBUY_SHARE_PERCENT
+    risked_nanousd = book.risked_nanousd + risk_nanousd
+    return risked_nanousd * 100 <= book.spent_nanousd * REBUY_SHARE_PERCENT

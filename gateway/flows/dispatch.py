@@ -35,6 +35,7 @@ from gateway.ports import (
     HealthBoard,
     NewAttempt,
     Permit,
+    Rebuy,
     TaskStore,
 )
 from providers.kit.contract import (
@@ -164,6 +165,9 @@ class Failure:
     """A job that may still be alive is known by its id: it is not bought again."""
     given_up: bool = False
     """It was our time that was over."""
+    seq: int = 0
+    cost_nanousd: int = 0
+    """What it may have cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +198,8 @@ class Purchase:
     attempts: int = 0
     waited_out: bool = False
     """No slot came free in time."""
+    unknown: list[Failure] = field(default_factory=list)
+    """Of the last round: what may have been bought, so that the next buys it again."""
     stands_by: bool = False
     """Whether another offer could be tried if the present round fails."""
 
@@ -257,6 +263,8 @@ class Dispatcher:
             chosen, goes_on = None, False
             if len(tried) < order.preferences.attempts_max:
                 chosen = await self._choose(order, purchase, frozenset(tried))
+            if chosen is not None and purchase.unknown:
+                chosen = await self._afforded(order, purchase, *chosen)
             if chosen is not None:
                 order = order.settled_on(chosen[0])
                 failed, short = await self._round(order, purchase, *chosen)
@@ -465,8 +473,8 @@ class Dispatcher:
             )
             if rule is Next.NEVER or repeated:
                 return False
-            if rule is Next.IF_AFFORDABLE and not await self._affordable():
-                return False
+            if rule is Next.IF_AFFORDABLE:
+                purchase.unknown.append(failure)
         if any(failure.error.kind in routing.NEEDS_BUDGET for failure in failed):
             left = limits.spent(self.budget, self.clock.monotonic_ms())
             if left is None:
@@ -494,9 +502,26 @@ class Dispatcher:
         tried.clear()
         return True
 
-    async def _affordable(self) -> bool:
-        since_ms = self.clock.now_ms() - limits.REBUY_WINDOW_MS
-        return limits.may_rebuy(await self.store.risk_book(since_ms))
+    async def _afforded(
+        self, order: Order, purchase: Purchase, offer: Offer, permit: Permit
+    ) -> tuple[Offer, Permit] | None:
+        # What has no whole answer may be bought and paid already.
+        now_ms, unknown, allowed = self.clock.now_ms(), purchase.unknown, False
+        rebuy = Rebuy(
+            order.job.task_id,
+            seq=max(failure.seq for failure in unknown),
+            risked_nanousd=sum(failure.cost_nanousd for failure in unknown),
+            created_ms=now_ms,
+        )
+        try:
+            since_ms = now_ms - limits.REBUY_WINDOW_MS
+            allowed = await self.store.rebuy(rebuy, since_ms)
+        finally:
+            if not allowed:
+                await self.board.report(permit, Outcome(cancelled=True))
+                self.line.gave_back(order.tenant_id, offer.upstream)
+        unknown.clear()
+        return (offer, permit) if allowed else None
 
     async def _round(
         self, order: Order, purchase: Purchase, offer: Offer, permit: Permit
@@ -600,7 +625,9 @@ class Dispatcher:
         end = call.failed(error, self.clock.now_ms(), alive=alive)
         await self.store.end_attempt(end)
         self._tell(call, end)
-        return Failure(call.offer, error, alive, progress.given_up)
+        return Failure(
+            call.offer, error, alive, progress.given_up, call.seq, end.cost_nanousd
+        )
 
     async def _deliver(self, call: _Call, progress: _Progress) -> Done:
         # The supervisor of adapters: one that breaks its contract fails its own
@@ -929,7 +956,13 @@ def _failure_of(offer: Offer, attempt: AttemptRecord) -> Failure | None:
         upstream_code=attempt.upstream_code,
         billed=Billed(attempt.billed) if attempt.billed else None,
     )
-    return Failure(offer, error, accepted=attempt.alive)
+    return Failure(
+        offer,
+        error,
+        accepted=attempt.alive,
+        seq=attempt.seq,
+        cost_nanousd=attempt.cost_nanousd,
+    )
 
 
 def _job_at(offer: Offer, job: ImageJob, n: int, seq: int) -> ImageJob:

@@ -37,11 +37,11 @@ from gateway.core.errors import (
     NotFoundError,
 )
 from gateway.core.ledger import Balance, Settled
-from gateway.core.limits import RiskBook
+from gateway.core.limits import REBUY_WINDOW_MS, REBUYS_ALWAYS
 from gateway.core.money import parse_nano
 from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
 from gateway.core.webhooks import SigningKey
-from gateway.ports import AttemptRecord, Key, NewTask, TaskRecord, Tenant
+from gateway.ports import AttemptRecord, Key, NewTask, Rebuy, TaskRecord, Tenant
 from providers.kit.contract import Billed, Usage
 from tests.contract.stores import (
     BACKENDS,
@@ -304,7 +304,9 @@ async def test_an_attempt_ends_once(stores: Stores) -> None:
         "timeout",
         7_000_000,
     )
-    assert await stores.tasks.risk_book(0) == RiskBook(1, 7_000_000, 7_000_000)
+    assert await stores.rows("SELECT nanousd, unknown_outcome FROM cost_book") == [
+        (7_000_000, 1)
+    ]
 
 
 async def test_a_late_job_id_is_kept_though_the_attempt_was_given_up(
@@ -344,19 +346,55 @@ async def test_waste_of_unknown_outcomes_is_told_from_other_spend(
         an_end(attempts=(a_won_attempt(seq=5, cost_nanousd=5_000),))
     )
 
-    assert await stores.tasks.risk_book(NOW_MS) == RiskBook(2, 1, 5_028)
-    assert await stores.tasks.risk_book(NOW_MS - 1) == RiskBook(3, 401, 5_428)
-    assert await stores.tasks.risk_book(NOW_MS + 10_000) == RiskBook(0, 0, 0)
     assert await stores.rows(
-        "SELECT seq, upstream, variant, kind, source, nanousd FROM cost_book ORDER BY 1"
+        """SELECT seq, upstream, variant, kind, source, nanousd, unknown_outcome
+        FROM cost_book ORDER BY 1"""
     ) == [
-        (1, "openai", "gpt-image-2", "waste", "estimate", 1),
-        (2, "openai", "gpt-image-2", "waste", "estimate", 20),
-        (4, "openai", "gpt-image-2", "waste", "estimate", 400),
-        (5, "openai", "gpt-image-2", "cost", "usage", 5_000),
-        (6, "openai", "gpt-image-2", "waste", "estimate", 0),
-        (7, "openai", "gpt-image-2", "waste", "estimate", 7),
+        (1, "openai", "gpt-image-2", "waste", "estimate", 1, 1),
+        (2, "openai", "gpt-image-2", "waste", "estimate", 20, 0),
+        (4, "openai", "gpt-image-2", "waste", "estimate", 400, 1),
+        (5, "openai", "gpt-image-2", "cost", "usage", 5_000, 0),
+        (6, "openai", "gpt-image-2", "waste", "estimate", 0, 1),
+        (7, "openai", "gpt-image-2", "waste", "estimate", 7, 0),
     ]
+
+
+async def test_a_purchase_is_repeated_as_long_as_the_spend_of_the_day_bears_it(
+    stores: Stores,
+) -> None:
+    await stores.fund(100)
+    await stores.tasks.open(a_task())
+    await stores.tasks.begin_attempt(an_attempt())
+    await stores.tasks.end_attempt(a_lost_attempt(cost_nanousd=100_000))
+
+    async def asked(task_id: str, *, now_ms: int = NOW_MS, risk: int = 100) -> bool:
+        return await stores.tasks.rebuy(
+            Rebuy(task_id, 1, risk, now_ms), now_ms - REBUY_WINDOW_MS
+        )
+
+    # Ten, whatever they cost. Then one percent of 100,000: 1,000 are at risk by then.
+    first = [await asked(f"task-{n}") for n in range(REBUYS_ALWAYS)]
+    more = [await asked(f"late-{n}", risk=risk) for n, risk in enumerate([1, 1])]
+    again = await asked("task-3")
+    next_day = await asked("task-99", now_ms=NOW_MS + REBUY_WINDOW_MS + 1)
+
+    assert first == [True] * REBUYS_ALWAYS
+    assert more == [False, False]
+    assert again  # it was noted before: by a worker that is lost
+    assert next_day
+    noted = await stores.rows("SELECT COUNT(*), SUM(risked_nanousd) FROM rebuys")
+    assert noted == [(REBUYS_ALWAYS + 1, 1_100)]
+
+
+async def test_many_who_fail_together_stay_within_the_share(stores: Stores) -> None:
+    await stores.fund(100)
+    rebuys = [Rebuy(f"task-{n}", 1, 100, NOW_MS) for n in range(50)]
+
+    allowed = await asyncio.gather(
+        *(stores.tasks.rebuy(rebuy, NOW_MS - REBUY_WINDOW_MS) for rebuy in rebuys)
+    )
+
+    assert sum(allowed) == REBUYS_ALWAYS
 
 
 # --- money ---
@@ -604,7 +642,7 @@ async def test_no_statement_of_a_request_reads_a_whole_table(stores: Stores) -> 
     await tasks.finish(an_end())
     await tasks.get("task-1")
     await tasks.unfinished(10)
-    await tasks.risk_book(NOW_MS)
+    await tasks.rebuy(Rebuy("task-1", 1, 1, NOW_MS), NOW_MS - REBUY_WINDOW_MS)
     await ledger.grant(TENANT, 1, reference="more", now_ms=NOW_MS)
     await ledger.balance(TENANT)
 

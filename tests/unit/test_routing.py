@@ -339,6 +339,6 @@ def test_three_further_attempts_in_ten_seconds_are_always_there() -> None:
 
 
 def test_second_purchases_stay_within_one_percent_of_the_spend() -> None:
-    assert may_rebuy(RiskBook(REBUYS_ALWAYS, 10**12, 0))
-    assert may_rebuy(RiskBook(REBUYS_ALWAYS + 1, 100, 10_000))
-    assert not may_rebuy(RiskBook(REBUYS_ALWAYS + 1, 101, 10_000))
+    assert may_rebuy(RiskBook(REBUYS_ALWAYS - 1, 10**12, 0), 1)
+    assert may_rebuy(RiskBook(REBUYS_ALWAYS, 60, 10_000), 40)
+    assert not may_rebuy(RiskBook(REBUYS_ALWAYS, 60, 10_000), 41)

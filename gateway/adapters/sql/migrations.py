@@ -275,6 +275,19 @@ MIGRATIONS = (
             "ALTER TABLE keys DROP COLUMN webhook_rotated_ms",
         ),
     ),
+    Migration(
+        statements=(
+            """CREATE TABLE rebuys (
+                task_id TEXT NOT NULL,
+                seq BIGINT NOT NULL,
+                risked_nanousd BIGINT NOT NULL CHECK (risked_nanousd >= 0),
+                created_ms BIGINT NOT NULL,
+                PRIMARY KEY (task_id, seq)
+            )""",
+            "CREATE INDEX rebuys_by_time ON rebuys (created_ms, risked_nanousd)",
+        ),
+        immutable_tables=("rebuys",),
+    ),
 )
 """Step n of the schema stands at n - 1."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from gateway.adapters.sql.database import Database, Row, Transaction
 from gateway.adapters.sql.deliveries import add_delivery
 from gateway.adapters.sql.ledger import CHARGE, lock_account, write_entries
+from gateway.core import limits
 from gateway.core.errors import (
     ConflictError,
     GatewayError,
@@ -34,6 +35,7 @@ from gateway.ports import (
     Earlier,
     NewAttempt,
     NewTask,
+    Rebuy,
     StoredResult,
     TaskEnd,
     TaskRecord,
@@ -138,19 +140,9 @@ class SqlTaskStore:
             )
         )
 
-    async def risk_book(self, since_ms: int) -> RiskBook:
+    async def rebuy(self, rebuy: Rebuy, since_ms: int) -> bool:
         """See ``TaskStore``."""
-        row = await self.database.read(
-            lambda tx: tx.one(
-                """SELECT
-                    CAST(COALESCE(SUM(unknown_outcome), 0) AS BIGINT),
-                    CAST(COALESCE(SUM(nanousd * unknown_outcome), 0) AS BIGINT),
-                    CAST(COALESCE(SUM(nanousd), 0) AS BIGINT)
-                FROM cost_book WHERE created_ms >= $1""",
-                since_ms,
-            )
-        )
-        return RiskBook(*row) if row else RiskBook(0, 0, 0)
+        return await self.database.write(lambda tx: _rebuy(tx, rebuy, since_ms))
 
 
 async def _open(tx: Transaction, task: NewTask) -> str | None:
@@ -378,6 +370,33 @@ async def _end_attempt(tx: Transaction, end: AttemptEnd) -> None:
     if row is not None and paid:
         upstream, variant = row
         await _book_cost(tx, end, upstream=upstream, variant=variant)
+
+
+async def _rebuy(tx: Transaction, rebuy: Rebuy, since_ms: int) -> bool:
+    # Asked and noted at once: of a thousand that fail together, each sees those before.
+    noted = await tx.one(
+        "SELECT 1 FROM rebuys WHERE task_id = $1 AND seq = $2", rebuy.task_id, rebuy.seq
+    )
+    if noted is not None:
+        return True
+    row = await tx.one(
+        """SELECT COUNT(*), CAST(COALESCE(SUM(risked_nanousd), 0) AS BIGINT),
+            (SELECT CAST(COALESCE(SUM(nanousd), 0) AS BIGINT)
+                FROM cost_book WHERE created_ms >= $1)
+        FROM rebuys WHERE created_ms >= $1""",
+        since_ms,
+    )
+    if not limits.may_rebuy(RiskBook(*row or (0, 0, 0)), rebuy.risked_nanousd):
+        return False
+    await tx.run(
+        """INSERT INTO rebuys (task_id, seq, risked_nanousd, created_ms)
+        VALUES ($1, $2, $3, $4)""",
+        rebuy.task_id,
+        rebuy.seq,
+        rebuy.risked_nanousd,
+        rebuy.created_ms,
+    )
+    return True
 
 
 async def _book_cost(
