@@ -11,7 +11,8 @@ import pytest
 
 from gateway.adapters.sql.database import StoreBusyError
 from gateway.core.orders import order_json
-from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
+from gateway.core.routing import Preferences
+from gateway.core.tasks import AttemptState, DeliveryMode, FencedError, TaskState
 from gateway.flows.dispatch import Purchase
 from gateway.flows.generate import Accepted, Later
 from gateway.flows.inputs import NO_INPUTS, Inputs, KeptInputs
@@ -27,7 +28,7 @@ from providers.kit.contract import (
     Pending,
     ProviderError,
 )
-from tests.fakes import ScriptedProvider, delivered
+from tests.fakes import MemoryStore, ScriptedProvider, Step, delivered
 from tests.flows.stories import CENT, DEADLINE_MS, Shop
 from tests.flows.test_dispatch import failing, taking, working
 from tests.flows.test_generate import KEY, Counter
@@ -495,3 +496,100 @@ async def test_the_lease_is_renewed_while_upstreams_are_told_to_stop() -> None:
     pauses = [b - a for a, b in zip(leases.times_ms, leases.times_ms[1:], strict=False)]
     assert len(pauses) >= 4
     assert set(pauses) == {round(RENEW_EVERY_S * 1000)}
+
+
+# --- the end of a job that nobody waits for any more ---
+
+
+async def ended_by(last: Step, stops: Cancelled | None) -> tuple[Shop, Purchase]:
+    """Give a job up at its deadline; ``last`` is what a last look at it sees."""
+    stuck = ScriptedProvider(*4 * [Pending("job-7", poll_after_s=90)], last)
+    stuck.can_stop, stuck.stops = True, stops
+    shop = Shop({"cheap": stuck, "dear": working()})
+    return shop, await shop.buy()
+
+
+async def test_a_job_that_ended_just_then_is_looked_at_once_more() -> None:
+    _, purchase = await ended_by(delivered(), None)
+
+    assert served(purchase) == ["cheap"]
+
+
+async def test_an_adapter_that_breaks_in_the_last_look_fails_its_attempt_alone() -> (
+    None
+):
+    async def broken(job: ImageJob) -> Done:
+        raise KeyError(job.task_id)
+
+    shop, purchase = await ended_by(broken, None)
+
+    (failure,) = purchase.failures
+    assert failure.accepted
+    assert "KeyError" in failure.error.detail
+    assert [type(crash) for crash, _ in shop.crashes] == [KeyError]
+
+
+async def test_a_last_look_tells_how_the_job_ended() -> None:
+    refused = ProviderError(K.CONTENT_POLICY, "no", ended=True, client_message="No.")
+
+    _, purchase = await ended_by(refused, None)
+
+    assert purchase.failures[0].error is refused
+
+
+async def test_a_last_look_that_fails_tells_nothing_of_the_job() -> None:
+    _, purchase = await ended_by(ProviderError(K.NETWORK, "gone"), None)
+
+    assert purchase.failures[0].error.kind is K.TIMEOUT
+    assert purchase.failures[0].accepted
+
+
+async def test_a_job_told_to_stop_keeps_what_is_known_of_its_failure() -> None:
+    rude = ProviderError(
+        K.INVALID_REQUEST,
+        "what?",
+        status=418,
+        upstream_code="teapot",
+        billed=Billed.YES,
+        client_message="Not here.",
+        cost_nanousd=7,
+    )
+    stuck = ScriptedProvider(Pending("job-7"), rude)
+    stuck.can_stop, stuck.stops = True, Cancelled(Billed.NO)
+    shop = Shop({"cheap": stuck})
+
+    purchase = await shop.buy()
+
+    error = purchase.failures[0].error
+    assert (error.status, error.upstream_code, error.client_message) == (
+        418,
+        "teapot",
+        "Not here.",
+    )
+    assert (error.billed, error.cost_nanousd) == (Billed.YES, 7)
+    assert stuck.stopped == ["job-7"]
+
+
+async def test_whoever_is_fenced_off_blames_no_adapter() -> None:
+    class Fenced(MemoryStore):
+        async def accept_attempt(self, *args: object, **kwargs: object) -> None:
+            raise FencedError("task-1")
+
+    shop = Shop({"cheap": ScriptedProvider(Pending("job-7"))}, store=Fenced())
+
+    with pytest.raises(FencedError):
+        await shop.buy()
+
+    assert shop.crashes == []
+
+
+async def test_an_order_without_fallbacks_is_tried_once_however_patient() -> None:
+    shop = Shop({"cheap": failing(K.OVERLOADED), "dear": working()})
+    alone = Preferences(allow_fallbacks=False)
+
+    purchase = await shop.dispatcher.buy(
+        replace(shop.order(), patient=True, preferences=alone)
+    )
+
+    assert len(purchase.failures) == 1
+    assert len(shop.upstreams["cheap"].jobs) == 1
