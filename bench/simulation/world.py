@@ -23,7 +23,8 @@ from gateway.core.catalogue import Catalogue, Offer, PerImage, TokenPrice, Varia
 from gateway.core.errors import GatewayError
 from gateway.core.requests import ImageRequest
 from gateway.core.sizes import Size
-from gateway.flows.dispatch import ANSWER_RESERVE_MS, Dispatcher
+from gateway.flows.calls import ANSWER_RESERVE_MS
+from gateway.flows.dispatch import Dispatcher
 from gateway.flows.generate import (
     ASYNC_DEADLINE_MS,
     SYNC_DEADLINE_MS,

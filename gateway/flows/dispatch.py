@@ -5,60 +5,52 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 
 from gateway.core import limits, routing
 from gateway.core.breaker import Outcome
 from gateway.core.catalogue import Offer, PerImage
-from gateway.core.errors import GatewayError, ServiceUnavailableError
-from gateway.core.events import AttemptFinished
+from gateway.core.errors import ServiceUnavailableError
 from gateway.core.money import decimal_text
-from gateway.core.pricing import REPORTED, real_cost
+from gateway.core.pricing import REPORTED
 from gateway.core.ratios import Sample, tier_of
 from gateway.core.routing import (
-    NO_PREFERENCES,
     Candidate,
     Decision,
     Moment,
     Next,
-    Preferences,
-    Wish,
 )
-from gateway.core.tasks import STOPPED, AttemptState, FencedError
-from gateway.flows.line import Line, Place
+from gateway.core.tasks import STOPPED, AttemptState
+from gateway.flows.calls import (
+    ANSWER_RESERVE_MS,
+    Call,
+    Calls,
+    Failure,
+    Lot,
+    Order,
+    Progress,
+    job_at,
+)
+from gateway.flows.line import Line
 from gateway.ports import (
-    AttemptEnd,
     AttemptRecord,
     Clock,
     Events,
     HealthBoard,
-    NewAttempt,
     Permit,
     Rebuy,
     TaskStore,
 )
 from providers.kit.contract import (
     Billed,
-    Cancelled,
     Capabilities,
-    Done,
     FailureKind,
-    ImageJob,
     MadeImage,
-    Partial,
-    Pending,
     Provider,
     ProviderError,
     Usage,
 )
 
-ATTEMPT_MAX_MS = 240_000
-ANOTHER_MS = 90_000
-"""What a call leaves of the deadline where another offer could be tried after it."""
-ANSWER_RESERVE_MS = 5_000
-"""Kept back from the deadline for storing, settling and answering."""
-POLL_MIN_S = 0.2
 PATIENT_LOOK_S = 3.0
 PATIENT_PAUSE_S = 2.0
 PATIENT_PAUSE_MAX_S = 60.0
@@ -75,99 +67,6 @@ OUTAGES = frozenset(
     }
 )
 """Failures that say nothing of the request, and may be over in a while."""
-LOOK_AGAIN_S = 1.0
-LOOK_AGAIN_MAX_S = 15.0
-"""Between two looks at a job that fail: doubling, from the one to the other."""
-LOOK_DOUBLINGS_MAX = 4
-ACCEPT_PAUSE_S = 1.0
-STOP_MAX_S = 10.0
-STOP_AT_END_MAX_S = 2.0
-"""Out of ``ANSWER_RESERVE_MS``: to stop a job, and to look at it a last time."""
-REREADABLE = frozenset(
-    {
-        FailureKind.NETWORK,
-        FailureKind.TIMEOUT,
-        FailureKind.BAD_GATEWAY,
-        FailureKind.OVERLOADED,
-        FailureKind.RATE_LIMITED,
-    }
-)
-"""Failures of a call after which the same one may go well."""
-LOOKED_AT_AGAIN = REREADABLE | {FailureKind.AUTH, FailureKind.INSUFFICIENT_FUNDS}
-"""Failures of a look after which the job itself may be well."""
-THE_CLIENTS = frozenset({FailureKind.INVALID_REQUEST, FailureKind.CONTENT_POLICY})
-"""What a job that was refused before is refused for again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What is to be bought for one task.
-
-    ``job`` lacks only the upstream's model id and how many of ``n`` to make.
-    ``cost_nanousd(offer, n)`` estimates what n pictures cost there, None if unknown.
-    ``deadline_ms`` is on the monotonic clock. ``on_partial``, where given, is handed
-    partial pictures as they come, and owns them.
-    """
-
-    job: ImageJob
-    wish: Wish
-    variant: str
-    offers: tuple[Offer, ...]
-    cost_nanousd: Callable[[Offer, int], int | None]
-    deadline_ms: int
-    today: str
-    on_partial: Callable[[Partial], None] | None = None
-    fence: int = 0
-    history: tuple[AttemptRecord, ...] = ()
-    """Attempts that another worker made before it was lost."""
-    patient: bool = False
-    """Whether to wait, up to the deadline, while every offer is shut or resting."""
-    buys: bool = True
-    """Whether to buy what is missing, or only to take up what ``history`` holds."""
-    order_json: Callable[[], str] | None = None
-    """Writes the request down, to be kept with a job id if nothing else keeps it."""
-    preferences: Preferences = NO_PREFERENCES
-    tenant_id: str = ""
-    place: Place | None = None
-    """Where it stands in line, if it was given a place already."""
-
-    def settled_on(self, offer: Offer) -> Order:
-        """Return what is left to order once an offer was chosen for a part of it."""
-        if self.preferences.attempts_max > 1:
-            return self
-        return replace(self, offers=(offer,))
-
-
-@dataclass(frozen=True, slots=True)
-class Lot:
-    """Pictures that one attempt delivered, and the end of that attempt."""
-
-    offer: Offer
-    done: Done
-    end: AttemptEnd
-    asked: int
-    partials: int = 0
-    """Partial pictures that were shown on the way."""
-
-    @property
-    def short(self) -> bool:
-        """Whether it holds fewer pictures than were asked for."""
-        return len(self.done.images) < self.asked
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An attempt that did not deliver."""
-
-    offer: Offer
-    error: ProviderError
-    accepted: bool = False
-    """A job that may still be alive is known by its id: it is not bought again."""
-    given_up: bool = False
-    """It was our time that was over."""
-    seq: int = 0
-    cost_nanousd: int = 0
-    """What it may have cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +126,12 @@ class Dispatcher:
     drained: Callable[[], frozenset[str]] = frozenset
     """Tells the upstreams to which nothing new may go."""
     line: Line = field(default_factory=Line)
+    calls: Calls = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.calls = Calls(
+            self.providers, self.store, self.clock, self.events, self.crashed
+        )
 
     async def buy(self, order: Order) -> Purchase:
         """Carry an order out as far as it goes; never raises ``ProviderError``.
@@ -289,35 +194,18 @@ class Dispatcher:
             and offers[attempt.offer_id].capabilities.cancel
         ]
         told = await asyncio.gather(
-            *(self._told_to_stop(call, job_id, STOP_MAX_S) for call, job_id in jobs)
+            *(self.calls.stop(call, job_id) for call, job_id in jobs)
         )
         usages = []
         for (call, _), answer in zip(jobs, told, strict=True):
             if answer is None:
                 continue
-            end = call.stopped(answer, self.clock.now_ms())
-            await self.store.end_attempt(end)
-            self._tell(call, end)
+            await self.calls.note_stopped(call, answer)
             usages.append(answer.usage)
         return Stop(
             usages=tuple(usage for usage in usages if usage is not None),
             too_late=None in told,
         )
-
-    async def _told_to_stop(
-        self, call: _Call, job_id: str, at_most_s: float
-    ) -> Cancelled | None:
-        # An upstream that does not answer may go on, and charge.
-        provider = self.providers[call.offer.upstream]
-        try:
-            async with asyncio.timeout(at_most_s):
-                job = replace(call.job, deadline_s=at_most_s)
-                return await provider.cancel(job, job_id)
-        except (ProviderError, TimeoutError):
-            return Cancelled(Billed.MAYBE)
-        except Exception as error:  # noqa: BLE001 - the supervisor of adapters
-            self.crashed(error, f"stopping {call.offer.id} for {call.job.task_id}")
-            return Cancelled(Billed.MAYBE)
 
     async def _resumed(self, order: Order, purchase: Purchase, tried: set[str]) -> bool:
         # Takes up what a lost worker left, all at once as that one did; tells whether
@@ -355,7 +243,7 @@ class Dispatcher:
             lost = "the worker was lost while the call was out"
         if lost is not None:
             error = ProviderError(FailureKind.TIMEOUT, lost)
-            return await self._failed(call, error, _Progress(attempt.job_id))
+            return await self.calls.fail(call, error, Progress(attempt.job_id))
         # What is polled has its slot at the upstream already, with or without ours.
         permit = await self.board.admit(offer.id, order.wish.operation)
         if permit is not None:
@@ -363,7 +251,7 @@ class Dispatcher:
             self.line.took(order.place, offer.upstream)
         outcome = Outcome(cancelled=True)
         try:
-            result = await self._carried(call, _Progress(attempt.job_id))
+            result = await self.calls.carry(call, Progress(attempt.job_id))
             outcome = _outcome_of(result, call)
         finally:
             if permit is not None:
@@ -371,12 +259,12 @@ class Dispatcher:
                 self.line.gave_back(order.tenant_id, offer.upstream)
         return result
 
-    def _call_of(self, order: Order, offer: Offer, attempt: AttemptRecord) -> _Call:
-        return _Call(
+    def _call_of(self, order: Order, offer: Offer, attempt: AttemptRecord) -> Call:
+        return Call(
             order=order,
             offer=offer,
             seq=attempt.seq,
-            job=_job_at(offer, order.job, attempt.n, attempt.seq),
+            job=job_at(offer, order.job, attempt.n, attempt.seq),
             estimate_nanousd=attempt.estimate_nanousd,
             started_ms=attempt.started_ms,
             started_mono_ms=self.clock.monotonic_ms(),
@@ -574,11 +462,11 @@ class Dispatcher:
         permit: Permit,
     ) -> Lot | Failure:
         purchase.attempts += 1
-        call = _Call(
+        call = Call(
             order=order,
             offer=offer,
             seq=purchase.attempts,
-            job=_job_at(offer, order.job, n, purchase.attempts),
+            job=job_at(offer, order.job, n, purchase.attempts),
             estimate_nanousd=order.cost_nanousd(offer, n) or 0,
             started_ms=self.clock.now_ms(),
             started_mono_ms=self.clock.monotonic_ms(),
@@ -586,311 +474,12 @@ class Dispatcher:
         )
         outcome = Outcome(cancelled=True)
         try:
-            result = await self._call(call, purchase.decision)
+            result = await self.calls.make(call, _route_json(call, purchase.decision))
             outcome = _outcome_of(result, call)
         finally:
             await self.board.report(permit, outcome)
             self.line.gave_back(order.tenant_id, offer.upstream)
         return result
-
-    async def _call(self, call: _Call, decision: Decision | None) -> Lot | Failure:
-        await self.store.begin_attempt(
-            NewAttempt(
-                task_id=call.job.task_id,
-                seq=call.seq,
-                offer_id=call.offer.id,
-                upstream=call.offer.upstream,
-                estimate_nanousd=call.estimate_nanousd,
-                started_ms=call.started_ms,
-                fence=call.order.fence,
-                n=call.job.n,
-            ),
-            decision_json(decision) if call.seq == 1 and decision else None,
-        )
-        return await self._carried(call, _Progress())
-
-    async def _carried(self, call: _Call, progress: _Progress) -> Lot | Failure:
-        try:
-            done = await self._deliver(call, progress)
-        except ProviderError as error:
-            return await self._failed(call, error, progress)
-        end = call.won(done, self.clock.now_ms())
-        self._tell(call, end)
-        return Lot(call.offer, done, end, call.job.n, progress.partials)
-
-    async def _failed(
-        self, call: _Call, error: ProviderError, progress: _Progress
-    ) -> Failure:
-        alive = progress.job_id is not None and not error.ended
-        end = call.failed(error, self.clock.now_ms(), alive=alive)
-        await self.store.end_attempt(end)
-        self._tell(call, end)
-        return Failure(
-            call.offer, error, alive, progress.given_up, call.seq, end.cost_nanousd
-        )
-
-    async def _deliver(self, call: _Call, progress: _Progress) -> Done:
-        # The supervisor of adapters: one that breaks its contract fails its own
-        # attempt, and the next upstream is tried.
-        try:
-            return await self._in_time(call, progress)
-        except (ProviderError, GatewayError, FencedError):
-            raise
-        except Exception as bug:
-            self.crashed(bug, f"{call.offer.id} for {call.job.task_id}")
-            raise ProviderError(
-                FailureKind.BAD_GATEWAY,
-                f"the adapter failed: {type(bug).__name__}",
-                billed=Billed.MAYBE,
-            ) from bug
-
-    async def _in_time(self, call: _Call, progress: _Progress) -> Done:
-        # The deadline is kept here, outside any HTTP client: a server that drips
-        # satisfies every timeout of a client for ever.
-        try:
-            async with asyncio.timeout_at(self._limit_s(call, progress)) as limit:
-                return await self._worked_off(call, progress, limit)
-        except TimeoutError:
-            progress.given_up = True
-            error = ProviderError(FailureKind.TIMEOUT, "no answer in time")
-        except ProviderError as failed:
-            if progress.job_id is None or failed.ended:
-                raise
-            error = failed
-        return await self._given_up(call, error, progress.job_id)
-
-    def _limit_s(self, call: _Call, progress: _Progress) -> float:
-        # Nothing else is tried while a job may be alive: it has all the time there is.
-        now_ms = self.clock.monotonic_ms()
-        left_ms = max(0, call.order.deadline_ms - ANSWER_RESERVE_MS - now_ms)
-        if progress.job_id is None:
-            if call.stands_by:
-                left_ms = max(left_ms // 2, left_ms - ANOTHER_MS)
-            left_ms = min(left_ms, ATTEMPT_MAX_MS)
-        return asyncio.get_running_loop().time() + left_ms / 1000
-
-    async def _worked_off(
-        self, call: _Call, progress: _Progress, limit: asyncio.Timeout
-    ) -> Done:
-        provider = self.providers[call.offer.upstream]
-        now_s = asyncio.get_running_loop().time()
-        end_s = limit.when() or now_s
-        wanted_for_s = (call.order.deadline_ms - self.clock.monotonic_ms()) / 1000
-        job = replace(
-            call.job, deadline_s=end_s - now_s, wanted_for_s=max(0.0, wanted_for_s)
-        )
-        on_partial = call.order.on_partial
-        if progress.job_id is not None:
-            step: Done | Pending = Pending(progress.job_id, 0.0)
-        elif call.is_second:
-            step = await self._handed_over_again(provider, job)
-        elif on_partial is not None and call.offer.capabilities.stream:
-            return await _streamed(provider, job, on_partial, progress)
-        else:
-            step = await provider.start(job)
-        if isinstance(step, Done):
-            return step
-        if progress.job_id is None:
-            await self._accept(call, step, progress)
-            limit.reschedule(self._limit_s(call, progress))
-        return await self._finished(provider, job, step)
-
-    async def _handed_over_again(
-        self, provider: Provider, job: ImageJob
-    ) -> Done | Pending:
-        # That this one is refused says nothing of the first one, which may be bought.
-        pause_s = LOOK_AGAIN_S
-        while True:
-            try:
-                return await provider.start(job)
-            except ProviderError as error:
-                if error.kind in THE_CLIENTS:
-                    raise
-                if error.kind not in REREADABLE:
-                    raise ProviderError(
-                        FailureKind.TIMEOUT,
-                        f"the call was lost, and handed over again: {error.detail}",
-                    ) from error
-                await self.clock.sleep(error.retry_after_s or pause_s)
-                pause_s = min(LOOK_AGAIN_MAX_S, 2 * pause_s)
-
-    async def _accept(self, call: _Call, step: Pending, progress: _Progress) -> None:
-        # Whatever becomes of the write: from here on the job is known to be there.
-        progress.job_id = step.job_id
-        write = call.order.order_json
-        order_json = write() if write else None
-        while True:
-            writing = asyncio.ensure_future(
-                self.store.accept_attempt(
-                    call.job.task_id,
-                    call.seq,
-                    step.job_id,
-                    order_json,
-                    fence=call.order.fence,
-                )
-            )
-            try:
-                return await asyncio.shield(writing)
-            except asyncio.CancelledError:
-                # Whoever cancels reads next which jobs there are.
-                await asyncio.wait({writing})
-                with suppress(Exception):
-                    writing.result()  # nobody else looks at how it went
-                raise
-            except ServiceUnavailableError:
-                await self.clock.sleep(ACCEPT_PAUSE_S)
-
-    async def _given_up(
-        self, call: _Call, error: ProviderError, job_id: str | None
-    ) -> Done:
-        # Nobody waits for the job any more: an upstream that can is told to stop it.
-        if job_id is None or not call.offer.capabilities.cancel:
-            raise error
-        told = await self._told_to_stop(call, job_id, STOP_AT_END_MAX_S)
-        if told is None:
-            return await self._last_look(call, error, job_id)
-        error.detail += "; the job was told to stop"
-        if error.billed is not Billed.YES:
-            error.billed, error.cost_nanousd = told.billed, told.cost_nanousd
-        raise error
-
-    async def _last_look(self, call: _Call, error: ProviderError, job_id: str) -> Done:
-        provider = self.providers[call.offer.upstream]
-        try:
-            async with asyncio.timeout(STOP_AT_END_MAX_S):
-                job = replace(call.job, deadline_s=STOP_AT_END_MAX_S)
-                step = await provider.poll(job, job_id)
-        except TimeoutError:
-            raise error from None
-        except ProviderError as seen:
-            if seen.ended:
-                raise  # it tells how the job ended
-            raise error from seen
-        if isinstance(step, Done):
-            return step
-        raise error
-
-    async def _finished(self, provider: Provider, job: ImageJob, step: Pending) -> Done:
-        # The deadline alone ends it: what is made and paid is worth every look.
-        failures = 0
-        pause_s = step.poll_after_s
-        while True:
-            await self.clock.sleep(max(POLL_MIN_S, pause_s))
-            try:
-                polled = await provider.poll(job, step.job_id)
-            except ProviderError as error:
-                if error.ended or error.kind not in LOOKED_AT_AGAIN:
-                    raise
-                failures += 1
-                doubled_s = LOOK_AGAIN_S * 2 ** min(failures - 1, LOOK_DOUBLINGS_MAX)
-                pause_s = error.retry_after_s or min(LOOK_AGAIN_MAX_S, doubled_s)
-                continue
-            if isinstance(polled, Done):
-                return polled
-            failures = 0
-            step, pause_s = polled, polled.poll_after_s
-
-    def _tell(self, call: _Call, end: AttemptEnd) -> None:
-        self.events.emit(
-            AttemptFinished(
-                task_id=end.task_id,
-                seq=end.seq,
-                offer_id=call.offer.id,
-                upstream=call.offer.upstream,
-                variant=call.order.variant,
-                outcome=end.kind or "done",
-                billed=end.billed.value,
-                duration_ms=self.clock.monotonic_ms() - call.started_mono_ms,
-                cost_nanousd=end.cost_nanousd,
-                upstream_status=end.upstream_status,
-                upstream_code=end.upstream_code,
-                detail=end.detail,
-            )
-        )
-
-
-@dataclass(slots=True)
-class _Progress:
-    job_id: str | None = None
-    partials: int = 0
-    given_up: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    order: Order
-    offer: Offer
-    seq: int
-    job: ImageJob
-    estimate_nanousd: int
-    started_ms: int
-    started_mono_ms: int
-    is_second: bool = False
-    """It was handed over before, by a worker that was lost."""
-    stands_by: bool = False
-    """Whether another offer could be tried if it fails."""
-
-    @property
-    def known_by_name(self) -> bool:
-        """Whether the upstream knows it again when it is handed over twice.
-
-        It must be the same call: with all its pictures, which a sync task has not kept.
-        """
-        whole = len(self.job.references) == self.order.wish.references
-        return whole and self.job.operation in self.offer.capabilities.idempotent
-
-    def won(self, done: Done, now_ms: int) -> AttemptEnd:
-        """Book what the pictures cost, from the best source there is."""
-        cost_nanousd, source = real_cost(
-            self.offer,
-            done,
-            card_nanousd=self.order.cost_nanousd(self.offer, len(done.images)),
-            estimate_nanousd=self.estimate_nanousd,
-        )
-        return AttemptEnd(
-            task_id=self.job.task_id,
-            seq=self.seq,
-            state=AttemptState.DONE,
-            finished_ms=now_ms,
-            won=True,
-            billed=Billed.YES,
-            cost_nanousd=cost_nanousd,
-            cost_source=source,
-            fence=self.order.fence,
-        )
-
-    def stopped(self, told: Cancelled, now_ms: int) -> AttemptEnd:
-        """Book what a stopped job costs: what is told, else what it may be at most."""
-        wasted = self._wasted(told.billed, told.cost_nanousd)
-        return replace(wasted, finished_ms=now_ms, kind=STOPPED)
-
-    def failed(
-        self, error: ProviderError, now_ms: int, *, alive: bool = False
-    ) -> AttemptEnd:
-        """Book possible waste: what was maybe billed counts in full."""
-        return replace(
-            self._wasted(error.billed, error.cost_nanousd),
-            finished_ms=now_ms,
-            kind=error.kind.value,
-            upstream_status=error.status,
-            upstream_code=error.upstream_code,
-            detail=error.detail,
-            alive=alive,
-        )
-
-    def _wasted(self, billed: Billed, cost_nanousd: int | None) -> AttemptEnd:
-        at_most = 0 if billed is Billed.NO else self.estimate_nanousd
-        return AttemptEnd(
-            task_id=self.job.task_id,
-            seq=self.seq,
-            state=AttemptState.FAILED,
-            finished_ms=0,
-            won=False,
-            billed=billed,
-            cost_nanousd=at_most if cost_nanousd is None else cost_nanousd,
-            cost_source="estimate" if cost_nanousd is None else "usd",
-            fence=self.order.fence,
-        )
 
 
 async def _all_of(
@@ -903,21 +492,6 @@ async def _all_of(
     if broken and not any(isinstance(r, Lot) for r in delivered):
         raise broken[0]
     return delivered
-
-
-async def _streamed(
-    provider: Provider,
-    job: ImageJob,
-    on_partial: Callable[[Partial], None],
-    progress: _Progress,
-) -> Done:
-    async with aclosing(provider.stream(job)) as steps:
-        async for step in steps:
-            if isinstance(step, Done):
-                return step
-            progress.partials += 1
-            on_partial(step)
-    raise ProviderError(FailureKind.TIMEOUT, "the stream ended without a picture")
 
 
 def _stands_by(
@@ -965,17 +539,7 @@ def _failure_of(offer: Offer, attempt: AttemptRecord) -> Failure | None:
     )
 
 
-def _job_at(offer: Offer, job: ImageJob, n: int, seq: int) -> ImageJob:
-    # An offer that cannot make the format makes another; the gateway converts it.
-    job = replace(job, model=offer.model, n=n, seq=seq)
-    formats = offer.capabilities.output_formats
-    if job.output_format in formats:
-        return job
-    made = "png" if "png" in formats else min(formats)
-    return replace(job, output_format=made, output_compression=None)
-
-
-def _outcome_of(result: Lot | Failure, call: _Call) -> Outcome:
+def _outcome_of(result: Lot | Failure, call: Call) -> Outcome:
     if isinstance(result, Failure):
         error = result.error
         return Outcome(
@@ -992,6 +556,10 @@ def _outcome_of(result: Lot | Failure, call: _Call) -> Outcome:
     wish = call.order.wish
     tier = tier_of(wish.quality, wish.size)
     return Outcome(sample=Sample(tier, call.estimate_nanousd, result.end.cost_nanousd))
+
+
+def _route_json(call: Call, decision: Decision | None) -> str | None:
+    return decision_json(decision) if call.seq == 1 and decision else None
 
 
 def decision_json(decision: Decision) -> str:

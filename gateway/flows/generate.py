@@ -39,13 +39,8 @@ from gateway.core.tokens import (
     reported_usage,
 )
 from gateway.flows.admission import shed_error
-from gateway.flows.dispatch import (
-    Dispatcher,
-    Failure,
-    Order,
-    Purchase,
-    decision_json,
-)
+from gateway.flows.calls import Failure, Order
+from gateway.flows.dispatch import Dispatcher, Purchase, decision_json
 from gateway.flows.inputs import NO_INPUTS, Inputs
 from gateway.flows.line import Place
 from gateway.flows.results import Results

@@ -12,7 +12,7 @@ from gateway.core.errors import GatewayError, upstream_not_found
 from gateway.core.events import UpstreamChanged
 from gateway.core.requests import ImageRequest
 from gateway.core.routing import Decision, Moment
-from gateway.flows.dispatch import ANSWER_RESERVE_MS
+from gateway.flows.calls import ANSWER_RESERVE_MS
 from gateway.flows.generate import SYNC_DEADLINE_MS, wish_of
 from gateway.ports import AccountView, Clock, Drains, Events, RouteView, Watch
 from providers.kit.contract import Operation

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from gateway.adapters.hot_memory import MemoryBoard
 from gateway.core.catalogue import Offer, PerImage
 from gateway.core.routing import Wish
-from gateway.flows.dispatch import Dispatcher, Order, Purchase
+from gateway.flows.calls import Order
+from gateway.flows.dispatch import Dispatcher, Purchase
 from providers.kit.contract import Capabilities, ImageJob, Operation, Usage
 from tests.fakes import FakeChance, FakeEvents, MemoryStore, ScriptedProvider
 from tests.virtual_time import LoopClock

@@ -14,12 +14,8 @@ from gateway.core.limits import REBUYS_ALWAYS, RetryBudget, RiskBook
 from gateway.core.ratios import SAMPLES_MIN
 from gateway.core.routing import NEXT_BY_KIND, Next
 from gateway.core.tasks import AttemptState
-from gateway.flows.dispatch import (
-    ANOTHER_MS,
-    ANSWER_RESERVE_MS,
-    ATTEMPT_MAX_MS,
-    Purchase,
-)
+from gateway.flows.calls import ANOTHER_MS, ANSWER_RESERVE_MS, ATTEMPT_MAX_MS
+from gateway.flows.dispatch import Purchase
 from gateway.ports import AttemptRecord
 from providers.kit.contract import (
     Billed,
