@@ -364,7 +364,7 @@ async def test_a_download_that_hangs_is_left_long_before_the_deadline(
         writer.write(head)
         await reader.read()
 
-    one = Wire(4, read_max_s=0.05, download_pauses_s=(0, 0))
+    one = Wire(4, read_max_s=0.3, download_pauses_s=(0, 0))
     async with upstream(hang) as url:
         download = a_download(url, left_s=3600)
         with pytest.raises(ProviderError) as caught:
