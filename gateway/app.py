@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
-import logging
-import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 
 import msgspec
-import uvicorn
-import uvloop
 from litestar import Litestar, Response
 from litestar.exceptions import HTTPException
 from litestar.types import ASGIApp, ControllerRouterHandler
@@ -84,6 +78,7 @@ from gateway.flows.tasks import ManageTasks, ReadTask
 from gateway.flows.upstreams import Upstreams
 from gateway.flows.webhooks import DeliverWebhooks
 from gateway.ports import Clock, Fetcher, Sender, TaskRecord, Tunable
+from gateway.serving import Leaving, listen
 from gateway.settings import Settings, load_settings
 from gateway.workers import DRAIN_MAX_S, Loops, TaskRunner, Worker
 from providers.kit.contract import Provider
@@ -91,8 +86,6 @@ from providers.kit.spool import SpoolFolder
 from providers.kit.wire import Tools, Wire
 from providers.registry import PROVIDERS
 
-KEEP_ALIVE_S = 75
-BACKLOG = 2048
 SWEEP_EVERY_S = 60.0
 EXPIRE_EVERY_S = 900.0
 AUDIT_EVERY_S = 3600.0
@@ -100,6 +93,7 @@ TRIM_EVERY_S = 2.0
 WEBHOOKS_EVERY_S = 1.0
 DRAINS_EVERY_S = 1.0
 CONNECTIONS_SPARE = 1.1
+HAND_OVER_EVERY_S = 2.0
 WORKING_MAX_TASKS = 512
 TASK_KEPT_MS = 30 * 24 * 3600 * 1000
 FORGET_AT_ONCE = 200
@@ -129,18 +123,39 @@ class Gateway:
     audit: Callable[[], Awaitable[None]]
     upstreams: Upstreams
 
+    leaving: Leaving
+    leaving_s: float
+
+    async def run(self) -> None:
+        """Work on tasks, and keep house, until cancelled."""
+        await asyncio.gather(self.loops.run(), self.worker.run())
+
+    async def leave(self) -> None:
+        """Take no further task, and let go of those that only wait for jobs."""
+        self.worker.stop()
+        await self.worker.hand_over()
+
     async def close(self, *, at_once: bool = False) -> None:
         """Let work end, unless ``at_once``; then give connections back."""
         self.worker.stop()
         late = self.runner.in_flight + self.worker.in_flight
         if not at_once:
-            await self.worker.hand_over()
-            late = await self.runner.drain() + await self.worker.drain(DRAIN_MAX_S)
+            late = await self.runner.drain() + await self._worked_off()
         if late:
             self.log.note("drain_timeout", tasks=late)
         for provider in self.providers.values():
             await provider.close()
         await self.wire.close()
+
+    async def _worked_off(self) -> int:
+        # A call that becomes a job meanwhile is let go of then.
+        late = self.worker.in_flight
+        for _ in range(int(DRAIN_MAX_S / HAND_OVER_EVERY_S)):
+            await self.worker.hand_over()
+            late = await self.worker.drain(HAND_OVER_EVERY_S)
+            if not late:
+                break
+        return late
 
 
 def connect_providers(
@@ -256,6 +271,7 @@ def build_gateway(
         catalogue.variants, admission.waiting, lambda: admission.lag_ms
     )
     recovery = Recovery(books.tasks, clock, events)
+    leaving = Leaving(clock.monotonic_ms)
     authenticate = Authenticate(books.accounts, clock, books.secret)
     links = Links(books.secret, settings.server.public_url)
     renderer = Renderer(settings.nanocredits_per_usd)
@@ -347,14 +363,18 @@ def build_gateway(
                 Explain(catalogue, books.accounts, upstreams, generate.check_route),
             ),
             *health_routes(
-                {"database": _database_check(books), "disk": books.data_dir.trouble},
+                {
+                    "process": leaving.check,
+                    "database": _database_check(books),
+                    "disk": books.data_dir.trouble,
+                },
                 metrics.render,
             ),
         ],
         log,
     )
     return Gateway(
-        app=Front(inner, clock, chance, events, log.on_crash),
+        app=Front(inner, clock, chance, events, log.on_crash, lambda: leaving.begun),
         runner=runner,
         worker=worker,
         loops=Loops(
@@ -376,6 +396,8 @@ def build_gateway(
         log=log,
         audit=house.audit,
         upstreams=upstreams,
+        leaving=leaving,
+        leaving_s=settings.server.leaving_s,
     )
 
 
@@ -426,30 +448,6 @@ class _House:
         await self.books.tasks.forget_keys(self.clock.now_ms() - KEY_KEPT_MS)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Take the port.
-
-    Raises:
-        StartError: it cannot be had.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    taken = socket.socket(family, socket.SOCK_STREAM)
-    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # Connections inherit it. Without it the end of an answer waits 40 ms for the
-    # client's ACK; uvloop sets it, other loops do not.
-    taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    try:
-        taken.bind((host, port))
-        taken.listen(BACKLOG)
-    except OSError as error:
-        taken.close()
-        raise StartError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}. "
-            "Stop what uses it, or choose another with --port."
-        ) from error
-    return taken
-
-
 @asynccontextmanager
 async def started(
     settings: Settings,
@@ -481,87 +479,6 @@ async def started(
         )
         yield gateway, listening, first.secret if first else None
     log.note("stopped")
-
-
-def event_loop() -> asyncio.AbstractEventLoop:
-    """Make the loop that a gateway runs on.
-
-    uvicorn picks a loop only where it makes one itself, and here it is handed one.
-    """
-    return uvloop.new_event_loop()
-
-
-async def serve(
-    gateway: Gateway, listening: socket.socket, ready: Callable[[], None]
-) -> None:
-    """Serve until SIGTERM or SIGINT; then finish what is under way.
-
-    ``ready`` is called once requests are answered and signals are heard.
-    """
-    config = uvicorn.Config(
-        gateway.app,
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        http="httptools",
-        ws="none",
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(DRAIN_MAX_S),
-    )
-    # What it would log of requests is logged already, one canonical line each.
-    logging.getLogger("uvicorn.error").disabled = True
-    loops = asyncio.ensure_future(
-        asyncio.gather(gateway.loops.run(), gateway.worker.run())
-    )
-    server = _Server(config, ready, gateway.worker.stop)
-    try:
-        await server.serve(sockets=[listening])
-    finally:
-        loops.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await loops
-        await gateway.close(at_once=server.force_exit)
-
-
-class _Server(uvicorn.Server):
-    """A uvicorn that returns after a signal instead of raising it again.
-
-    There are books to be closed after the last answer.
-    """
-
-    def __init__(
-        self,
-        config: uvicorn.Config,
-        ready: Callable[[], None],
-        leaving: Callable[[], None],
-    ) -> None:
-        super().__init__(config)
-        self._ready = ready
-        self._leaving = leaving
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # The first signal lets what is under way end, the second does not.
-        self._leaving()
-        if self.should_exit:
-            self.force_exit = True
-        super().handle_exit(sig, frame)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._ready()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.handle_exit, number, None)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
 
 
 def _litestar(handlers: list[ControllerRouterHandler], log: LogListener) -> Litestar:

@@ -82,21 +82,21 @@ def serve(
     """Run the gateway until SIGTERM or Ctrl-C."""
     more = {"server.host": host, "server.port": None if port is None else str(port)}
     settings = _settings(config, data_dir, more)
-    from gateway import app
+    from gateway import serving
 
-    with _one_line_errors(), asyncio.Runner(loop_factory=app.event_loop) as runner:
+    with _one_line_errors(), asyncio.Runner(loop_factory=serving.event_loop) as runner:
         runner.run(_serve(settings))
 
 
 async def _serve(settings: Settings) -> None:
-    from gateway import app
+    from gateway import app, serving
 
     async with app.started(settings) as (gateway, listening, first_key):
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         url = settings.server.public_url or f"http://{shown}:{port}"
         warnings = app.warnings_of(settings)
-        await app.serve(
+        await serving.serve(
             gateway, listening, lambda: _greet(settings, url, warnings, first_key)
         )
 

@@ -89,6 +89,8 @@ class Server:
     port: int
     public_url: str
     admin_key: str | None = field(repr=False)
+    leaving_s: int = 5
+    """How long requests are still taken once the process is about to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,6 +408,13 @@ GATEWAY_KEYS: tuple[Key, ...] = (
             ),
             Key(
                 "admin_key", Kind.REFERENCE, "Key of the admin routes; unset: off.", ""
+            ),
+            Key(
+                "leaving_s",
+                Kind.INTEGER,
+                "Seconds that requests are still taken after SIGTERM.",
+                5,
+                high=120,
             ),
         ),
     ),
@@ -1350,6 +1359,7 @@ def _server(values: _Values, desk: _Desk) -> Server | None:
         port=server["port"],
         public_url=server["public_url"],
         admin_key=secret or None,
+        leaving_s=server["leaving_s"],
     )
 
 

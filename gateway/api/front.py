@@ -35,6 +35,8 @@ class Front:
     chance: Chance
     events: Events
     crashed: Callable[[BaseException, str], None]
+    leaving: Callable[[], bool] = lambda: False
+    """Whether the process is about to stop: its connections are to be used no more."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request, or the life span of the application."""
@@ -47,7 +49,7 @@ class Front:
             received_s=self.clock.now_ms() // 1000,
         )
         cast("dict[str, object]", scope)[NOTE] = note
-        answer = _Answer(send, note, self.clock)
+        answer = _Answer(send, note, self.clock, last=self.leaving())
         try:
             await self._handle(scope, receive, answer, note)
         finally:
@@ -95,10 +97,13 @@ async def _refuse(
 class _Answer:
     """The way out: adds the headers that every answer has."""
 
-    def __init__(self, send: Send, note: RequestNote, clock: Clock) -> None:
+    def __init__(
+        self, send: Send, note: RequestNote, clock: Clock, *, last: bool
+    ) -> None:
         self._send = send
         self._note = note
         self._clock = clock
+        self._last = last
         self.started = False
         self.status = 499
 
@@ -115,6 +120,8 @@ class _Answer:
             }
             if self._note.task_id is not None:
                 extra["x-task-id"] = self._note.task_id
+            if self._last:
+                extra["connection"] = "close"
             raw = [(k.encode(), v.encode("latin-1")) for k, v in extra.items()]
             message["headers"] = [*message["headers"], *raw]
         await self._send(message)

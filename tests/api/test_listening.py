@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from gateway.app import event_loop, listen
+from gateway.serving import event_loop, listen
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])

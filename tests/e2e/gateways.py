@@ -121,10 +121,10 @@ class LiveGateway:
         assert self._process is not None
         return self._process.poll() is None
 
-    def signal(self) -> None:
-        """Send SIGTERM."""
+    def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Send a signal."""
         assert self._process is not None
-        self._process.send_signal(signal.SIGTERM)
+        self._process.send_signal(number)
 
     def wait(self) -> int:
         """Wait for its end; returns its exit code."""

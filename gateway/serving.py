@@ -1,0 +1,189 @@
+"""The process that serves: its socket, its loop, and how it goes away.
+
+SIGTERM: not ready any more, no further task is taken, those that wait for jobs are let
+go; requests are still taken for a while, for whoever balances load does not know yet.
+Then the port is closed and what is under way ends. SIGINT does not wait, and a second
+signal ends everything at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Protocol
+
+import uvicorn
+import uvloop
+from litestar.types import ASGIApp
+
+from gateway.books import StartError
+from gateway.workers import DRAIN_MAX_S
+
+KEEP_ALIVE_S = 75
+BACKLOG = 2048
+WATCHED_MS = 60_000
+"""Whoever asked for readiness within that time will see that it ends."""
+
+
+@dataclass(slots=True)
+class Leaving:
+    """Whether the process is about to stop, and whether anybody looks out for that."""
+
+    now_ms: Callable[[], int]
+    begun: bool = False
+    _asked_ms: int | None = None
+
+    async def check(self) -> str | None:
+        """Answer a question for readiness."""
+        self._asked_ms = self.now_ms()
+        return "the process is about to stop" if self.begun else None
+
+    @property
+    def watched(self) -> bool:
+        """Whether readiness was asked for lately."""
+        asked_ms = self._asked_ms
+        return asked_ms is not None and self.now_ms() - asked_ms <= WATCHED_MS
+
+
+class Served(Protocol):
+    """What is served."""
+
+    @property
+    def app(self) -> ASGIApp:
+        """Answers requests."""
+        ...
+
+    @property
+    def leaving(self) -> Leaving:
+        """Tells its own parts that the process is about to stop."""
+        ...
+
+    @property
+    def leaving_s(self) -> float:
+        """How long requests are still taken by then."""
+        ...
+
+    async def run(self) -> None:
+        """Do what goes on beside requests, until cancelled."""
+        ...
+
+    async def leave(self) -> None:
+        """Take no further task, and let go of those that others can carry on."""
+        ...
+
+    async def close(self, *, at_once: bool = False) -> None:
+        """Let work end, unless ``at_once``; then give everything back."""
+        ...
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take the port.
+
+    Raises:
+        StartError: it cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    taken = socket.socket(family, socket.SOCK_STREAM)
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Connections inherit it. Without it the end of an answer waits 40 ms for the
+    # client's ACK; uvloop sets it, other loops do not.
+    taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
+        taken.bind((host, port))
+        taken.listen(BACKLOG)
+    except OSError as error:
+        taken.close()
+        raise StartError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}. "
+            "Stop what uses it, or choose another with --port."
+        ) from error
+    return taken
+
+
+def event_loop() -> asyncio.AbstractEventLoop:
+    """Make the loop that a gateway runs on.
+
+    uvicorn picks a loop only where it makes one itself, and here it is handed one.
+    """
+    return uvloop.new_event_loop()
+
+
+async def serve(
+    gateway: Served, listening: socket.socket, ready: Callable[[], None]
+) -> None:
+    """Serve until SIGTERM or SIGINT; then finish what is under way.
+
+    ``ready`` is called once requests are answered and signals are heard.
+    """
+    config = uvicorn.Config(
+        gateway.app,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        http="httptools",
+        ws="none",
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(DRAIN_MAX_S),
+    )
+    # What it would log of requests is logged already, one canonical line each.
+    logging.getLogger("uvicorn.error").disabled = True
+    beside = asyncio.ensure_future(gateway.run())
+    server = _Server(config, ready, gateway)
+    try:
+        await server.serve(sockets=[listening])
+    finally:
+        beside.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await beside
+        await gateway.close(at_once=server.force_exit)
+
+
+class _Server(uvicorn.Server):
+    """A uvicorn that returns after a signal instead of raising it again.
+
+    There are books to be closed after the last answer.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, ready: Callable[[], None], gateway: Served
+    ) -> None:
+        super().__init__(config)
+        self._ready = ready
+        self._gateway = gateway
+        self._left: asyncio.Future[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # The first signal lets what is under way end, the second does not.
+        leaving = self._gateway.leaving
+        if leaving.begun:
+            self.force_exit = self.should_exit = True
+            return
+        leaving.begun = True
+        self._left = asyncio.ensure_future(self._gateway.leave())
+        wait_s = 0.0
+        if sig == signal.SIGTERM and leaving.watched:
+            wait_s = self._gateway.leaving_s
+        asyncio.get_running_loop().call_later(wait_s, super().handle_exit, sig, frame)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)

@@ -1,0 +1,120 @@
+"""A gateway that is told to stop, and those who do not know it yet."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from gateway.serving import WATCHED_MS, Leaving
+from tests.e2e.gateways import LiveGateway
+
+PATH = "/v1/images/generations"
+BODY = {"prompt": "a fox", "size": "1024x1024", "quality": "low"}
+LEAVING_S = 2
+
+
+@pytest.fixture
+def gateway(tmp_path: Path) -> Iterator[LiveGateway]:
+    env = {"IMAGEWAY__SERVER__LEAVING_S": str(LEAVING_S)}
+    with LiveGateway(tmp_path / "data", env=env) as started:
+        yield started
+
+
+def readiness(gateway: LiveGateway) -> tuple[int, str]:
+    answer = httpx.get(f"{gateway.url}/health/ready")
+    return answer.status_code, answer.json()["checks"]["process"]
+
+
+def told_to_stop(gateway: LiveGateway) -> None:
+    """Send SIGTERM, and see that readiness ends."""
+    assert readiness(gateway) == (200, "ok")
+    gateway.signal()
+    while readiness(gateway)[0] == 200:
+        time.sleep(0.01)
+
+
+def test_requests_are_served_until_the_balancer_has_seen_that_it_stops(
+    gateway: LiveGateway,
+) -> None:
+    with gateway.client() as kept:
+        assert kept.post(PATH, json=BODY).status_code == 200
+        told_to_stop(gateway)
+        on_a_kept_connection = kept.post(PATH, json=BODY)
+    with gateway.client() as new:
+        on_a_new_one = new.post(PATH, json=BODY)
+    seen = readiness(gateway)
+
+    assert seen == (503, "the process is about to stop")
+    assert on_a_kept_connection.status_code == on_a_new_one.status_code == 200
+    # Whoever keeps connections must not send the next request into one that closes.
+    assert on_a_kept_connection.headers["connection"] == "close"
+    assert gateway.wait() == 0
+    with pytest.raises(httpx.ConnectError):
+        readiness(gateway)
+
+
+def test_clients_that_go_on_all_the_while_see_no_error_but_a_closed_port(
+    gateway: LiveGateway,
+) -> None:
+    def asks(_: int) -> list[int]:
+        seen = []
+        with gateway.client() as client:
+            while True:
+                try:
+                    seen.append(client.post(PATH, json=BODY).status_code)
+                except httpx.ConnectError:
+                    return seen
+
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(asks, n) for n in range(4)]
+        time.sleep(0.5)
+        told_to_stop(gateway)
+        seen = [client.result() for client in clients]
+
+    assert {status for statuses in seen for status in statuses} == {200}
+    assert gateway.wait() == 0
+
+
+def test_a_task_that_comes_meanwhile_waits_for_the_next_process(
+    gateway: LiveGateway,
+) -> None:
+    told_to_stop(gateway)
+    with gateway.client() as client:
+        made = client.post(PATH, json=BODY, headers={"prefer": "respond-async"})
+    assert made.status_code == 200
+    assert gateway.wait() == 0
+
+    gateway.start()
+
+    with gateway.client() as client:
+        while (task := client.get(f"/v1/tasks/{made.json()['id']}").json()) and (
+            task["status"] not in {"completed", "failed"}
+        ):
+            time.sleep(0.05)
+    assert task["status"] == "completed"
+
+
+def test_ctrl_c_and_a_second_signal_do_not_wait(gateway: LiveGateway) -> None:
+    told_to_stop(gateway)
+    gateway.signal(signal.SIGINT)
+    assert gateway.wait() == 0
+    with pytest.raises(httpx.ConnectError):
+        readiness(gateway)
+
+
+async def test_nobody_is_waited_for_who_has_not_asked_lately() -> None:
+    now_ms = 0
+    leaving = Leaving(lambda: now_ms)
+    assert not leaving.watched
+
+    assert await leaving.check() is None
+    assert leaving.watched
+
+    now_ms = WATCHED_MS + 1
+    assert not leaving.watched
