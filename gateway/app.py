@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -71,7 +72,7 @@ from gateway.flows.generate import SYNC_DEADLINE_MS, Generate, wish_of
 from gateway.flows.inputs import KeptInputs, LoadInputs
 from gateway.flows.keys import Authenticate
 from gateway.flows.probe import Probe, probe_all
-from gateway.flows.recovery import Recovery
+from gateway.flows.recovery import BEAT_EVERY_S, Recovery
 from gateway.flows.replay import Replay
 from gateway.flows.results import RESULT_KEPT_MS, Results
 from gateway.flows.tasks import ManageTasks, ReadTask
@@ -97,6 +98,7 @@ HAND_OVER_EVERY_S = 2.0
 WORKING_MAX_TASKS = 512
 TASK_KEPT_MS = 30 * 24 * 3600 * 1000
 FORGET_AT_ONCE = 200
+HEX = "0123456789abcdef"
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 RESULT_GRACE_MS = 1_800_000
 """Links end after 24 h; the files are gone half an hour later."""
@@ -217,6 +219,7 @@ def build_gateway(
     """Wire everything together; the clock is the machine's unless one is given."""
     clock = clock or SystemClock()
     chance, metrics = SystemChance(), Metrics()
+    process_id = f"{socket.gethostname()}-{os.getpid()}-{chance.token(HEX, 8)}"
     metrics.watch_log(lambda: log.dropped_lines)
     events = FanOut((metrics.on_event, log.on_event), log.on_crash)
     providers, wire, catalogue = connect_providers(settings, books.data_dir.spool)
@@ -255,6 +258,7 @@ def build_gateway(
         events=events,
         today=lambda: _today(clock),
         names_upstreams=settings.tenants_may_choose,
+        process_id=process_id,
     )
     runner = TaskRunner(generate, log.on_crash)
     admission = Admission(
@@ -270,7 +274,7 @@ def build_gateway(
     metrics.watch_waiting(
         catalogue.variants, admission.waiting, lambda: admission.lag_ms
     )
-    recovery = Recovery(books.tasks, clock, events)
+    recovery = Recovery(books.tasks, books.processes, process_id, clock, events)
     leaving = Leaving(clock.monotonic_ms)
     authenticate = Authenticate(books.accounts, clock, books.secret)
     links = Links(books.secret, settings.server.public_url)
@@ -381,6 +385,8 @@ def build_gateway(
             clock,
             log.on_crash,
             {
+                "signs of life": (BEAT_EVERY_S, recovery.beat),
+                "lost processes": (BEAT_EVERY_S, recovery.lost),
                 "overdue tasks": (SWEEP_EVERY_S, recovery.overdue),
                 "expired uploads": (EXPIRE_EVERY_S, files.expire),
                 "webhooks": (WEBHOOKS_EVERY_S, deliver),
@@ -466,8 +472,9 @@ async def started(
         swept = SpoolFolder(books.data_dir.spool).sweep()
         outside = reach_outside(settings)
         gateway = build_gateway(settings, books, log, outside)
-        recovered = await gateway.recovery.after_start()
-        taken_over = await books.queue.reclaim()
+        alone = books.database.single_process
+        recovered = await gateway.recovery.after_start(alone=alone)
+        taken_over = await books.queue.reclaim() if alone else 0
         first = await first_run(books)
         await gateway.audit()
         await gateway.upstreams.refresh()

@@ -15,11 +15,13 @@ from gateway.adapters.blobs import DiskBlobs
 from gateway.adapters.clock import SystemChance, SystemClock
 from gateway.adapters.data_dir import DataDir, DataDirError
 from gateway.adapters.sql.accounts import SqlAccounts
+from gateway.adapters.sql.database import Database
 from gateway.adapters.sql.deliveries import SqlOutbox
 from gateway.adapters.sql.drains import SqlDrains
 from gateway.adapters.sql.files import SqlFiles
 from gateway.adapters.sql.ledger import SqlLedger
 from gateway.adapters.sql.migrations import SchemaTooNewError, migrate
+from gateway.adapters.sql.processes import SqlProcesses
 from gateway.adapters.sql.queue import SqlQueue
 from gateway.adapters.sql.sqlite import SqliteDatabase
 from gateway.adapters.sql.tasks import SqlTaskStore
@@ -34,6 +36,7 @@ from gateway.flows.webhooks import ManageWebhooks
 from gateway.ports import AuditReport
 from gateway.settings import Settings, load_settings
 
+SQLITE = "sqlite"
 FIRST_TENANT = "first"
 FIRST_CREDITS = 1_000
 
@@ -70,7 +73,8 @@ def routing_of_key(settings: Settings, text: str | None) -> Preferences:
 class Books:
     """What commands work with: the store and the flows over it."""
 
-    database: SqliteDatabase
+    database: Database
+    processes: SqlProcesses
     accounts: SqlAccounts
     ledger: SqlLedger
     tasks: SqlTaskStore
@@ -125,7 +129,6 @@ def check_storage(settings: Settings) -> None:
     """
     storage = settings.storage
     supported = {
-        "database": (storage.database, "sqlite"),
         "redis": (storage.redis, ""),
         "results": (storage.results, "disk"),
     }
@@ -153,7 +156,8 @@ async def open_books(
     check_storage(settings)
     clock, chance = SystemClock(), SystemChance()
     data_dir = DataDir(settings.storage.data_dir)
-    if not new and not data_dir.database.exists():
+    embedded = settings.storage.database == SQLITE
+    if embedded and not new and not data_dir.database.exists():
         raise StartError(
             f"there is no database in {data_dir.root}. Name the data folder with "
             "--data-dir; imageway serve and imageway tenants create make one."
@@ -162,8 +166,8 @@ async def open_books(
         data_dir.prepare()
         if alone:
             data_dir.lock()
-        secret = data_dir.secret()
-        database = await SqliteDatabase.open(data_dir.database)
+        secret = _secret(settings, data_dir)
+        database = await _open_database(settings, data_dir)
     except (DataDirError, GatewayError) as error:
         raise StartError(str(error)) from error
     try:
@@ -172,6 +176,7 @@ async def open_books(
         outbox = SqlOutbox(database)
         yield Books(
             database=database,
+            processes=SqlProcesses(database),
             accounts=accounts,
             ledger=ledger,
             tasks=SqlTaskStore(database),
@@ -194,10 +199,32 @@ async def open_books(
 
 async def drained_upstreams(settings: Settings) -> frozenset[str]:
     """Name the upstreams that are drained; none where there is no database yet."""
-    if not DataDir(settings.storage.data_dir).database.exists():
+    embedded = settings.storage.database == SQLITE
+    if embedded and not DataDir(settings.storage.data_dir).database.exists():
         return frozenset()
     async with open_books(settings, new=False) as books:
         return frozenset(await books.drains.drained())
+
+
+async def _open_database(settings: Settings, data_dir: DataDir) -> Database:
+    if settings.storage.database == SQLITE:
+        return await SqliteDatabase.open(data_dir.database)
+    # Embedded gateways need not load the driver.
+    from gateway.adapters.sql.postgres import PostgresDatabase  # noqa: PLC0415
+
+    return await PostgresDatabase.open(settings.storage.database)
+
+
+def _secret(settings: Settings, data_dir: DataDir) -> bytes:
+    if settings.server.secret is not None:
+        return settings.server.secret.encode()
+    if settings.storage.database != SQLITE:
+        raise StartError(
+            "server.secret: must be set where several gateways share a database, to "
+            "the same at least 32 characters for all of them, as env:NAME or "
+            "file:/path: keys and links depend on it."
+        )
+    return data_dir.secret()
 
 
 async def first_run(books: Books) -> NewKey | None:

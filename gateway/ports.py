@@ -74,6 +74,8 @@ class NewTask:
     order_json: str | None = None
     """All that is needed to carry an async task out, prompt included; forgotten when
     the task is over. None for a sync one, until it has a job to be found again."""
+    owner: str | None = None
+    """The process that carries a sync task out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -489,7 +491,11 @@ class TaskStore(Protocol):
         ...
 
     async def unfinished(self, limit: int) -> Sequence[TaskRecord]:
-        """Read tasks that are not final, oldest first."""
+        """Read sync tasks that are not final and have no job, oldest first."""
+        ...
+
+    async def orphaned(self, limit: int) -> Sequence[TaskRecord]:
+        """Read those of them whose process is gone."""
         ...
 
     async def take_up_overdue(self, before_ms: int) -> int:
@@ -503,6 +509,29 @@ class TaskStore(Protocol):
         """Note a second purchase if the spend since a time can bear it.
 
         True for one that was noted before. See ``limits.may_rebuy``.
+        """
+        ...
+
+
+class Processes(Protocol):
+    """The gateway processes over one database, as far as they are alive."""
+
+    async def beat(self, process_id: str, *, now_ms: int) -> None:
+        """Say that a process is alive."""
+        ...
+
+    async def leave(self, process_id: str) -> None:
+        """Take a process off the list: it ends."""
+        ...
+
+    async def clear(self) -> None:
+        """Take all off: whoever calls this knows that nobody else is alive."""
+        ...
+
+    async def forget_lost(self, *, before_ms: int) -> int:
+        """Take those off that were not heard of since.
+
+        Their sync tasks that have a job can be claimed from then on; returns how many.
         """
         ...
 

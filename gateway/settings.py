@@ -48,6 +48,7 @@ ENV_CONFIG = "IMAGEWAY_CONFIG"
 ENV_DATA_DIR = "IMAGEWAY_DATA_DIR"
 FILE_MAX_BYTES = 1_048_576
 SECRET_MAX_BYTES = 65_536
+SECRET_MIN_CHARS = 32
 AMOUNT_MAX = 1_000_000
 """No price and no rate is over this; a bigger one is a slip."""
 DECIMAL_PLACES_MAX = 15
@@ -91,6 +92,8 @@ class Server:
     admin_key: str | None = field(repr=False)
     leaving_s: int = 5
     """How long requests are still taken once the process is about to stop."""
+    secret: str | None = field(repr=False, default=None)
+    """What keys and links depend on; None: made in the data folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,6 +418,12 @@ GATEWAY_KEYS: tuple[Key, ...] = (
                 "Seconds that requests are still taken after SIGTERM.",
                 5,
                 high=120,
+            ),
+            Key(
+                "secret",
+                Kind.REFERENCE,
+                "What keys and links depend on; unset: made in the data folder.",
+                "",
             ),
         ),
     ),
@@ -1353,13 +1362,19 @@ def _server(values: _Values, desk: _Desk) -> Server | None:
     server = values["server"]
     if None in server.values():
         return None
-    secret, _ = _resolve(server["admin_key"], desk)
+    admin_key, _ = _resolve(server["admin_key"], desk)
+    secret, problem = _resolve(server["secret"], desk)
+    if server["secret"] and problem:
+        desk.wrong("server.secret", problem)
+    if secret and len(secret) < SECRET_MIN_CHARS:
+        desk.wrong("server.secret", f"must have at least {SECRET_MIN_CHARS} characters")
     return Server(
         host=server["host"],
         port=server["port"],
         public_url=server["public_url"],
-        admin_key=secret or None,
+        admin_key=admin_key or None,
         leaving_s=server["leaving_s"],
+        secret=secret or None,
     )
 
 

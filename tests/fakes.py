@@ -188,6 +188,27 @@ class ScriptedProvider:
 
 
 @dataclass
+class FakeProcesses:
+    """A ``Processes`` that remembers who is there."""
+
+    seen: dict[str, int] = field(default_factory=dict)
+
+    async def beat(self, process_id: str, *, now_ms: int) -> None:
+        self.seen[process_id] = now_ms
+
+    async def leave(self, process_id: str) -> None:
+        self.seen.pop(process_id, None)
+
+    async def clear(self) -> None:
+        self.seen.clear()
+
+    async def forget_lost(self, *, before_ms: int) -> int:
+        for process_id in [p for p, ms in self.seen.items() if ms < before_ms]:
+            del self.seen[process_id]
+        return 0
+
+
+@dataclass
 class MemoryStore:
     """A ``TaskStore`` for one tenant, by the rules of ``core.ledger``."""
 
@@ -342,6 +363,9 @@ class MemoryStore:
 
     async def take_up_overdue(self, before_ms: int) -> int:
         return 0
+
+    async def orphaned(self, limit: int) -> Sequence[TaskRecord]:
+        return await self.unfinished(limit)
 
     async def rebuy(self, rebuy: Rebuy, since_ms: int) -> bool:
         allowed = may_rebuy(self.risk, rebuy.risked_nanousd)

@@ -142,6 +142,8 @@ class Generate:
     today: Callable[[], str]
     names_upstreams: bool = True
     """Whether tenants may read the names of upstreams."""
+    process_id: str = "this"
+    """The process that carries sync tasks out."""
 
     def new_task_id(self) -> str:
         """Draw the id of the next task."""
@@ -252,6 +254,7 @@ class Generate:
             origin=later.origin if later is not None else "",
             task_class=class_of(request),
             order_json=_order_json(request) if later is not None else None,
+            owner=self.process_id if later is None else None,
         )
         try:
             earlier = await self.store.open(task)

@@ -9,12 +9,15 @@ from gateway.core.errors import ServiceUnavailableError
 from gateway.core.events import TaskFinished
 from gateway.core.tasks import HOLD_KEPT_MS, TaskState
 from gateway.flows.generate import task_error
-from gateway.ports import Clock, Events, TaskEnd, TaskRecord, TaskStore
+from gateway.ports import Clock, Events, Processes, TaskEnd, TaskRecord, TaskStore
 
 BATCH_TASKS = 200
+BEAT_EVERY_S = 3.0
+LOST_AFTER_MS = 30_000
+BEATS_BEFORE_JUDGING = 5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Recovery:
     """Finds unfinished tasks that nobody works on, and fails them.
 
@@ -24,15 +27,47 @@ class Recovery:
     """
 
     store: TaskStore
+    processes: Processes
+    process_id: str
     clock: Clock
     events: Events
+    _beats: int = 0
+    _beaten_ms: int = 0
 
-    async def after_start(self) -> int:
-        """Close every unfinished task: call it before the first request is taken.
+    async def after_start(self, *, alone: bool) -> int:
+        """Join the processes; call it before the first request is taken.
 
-        Returns the number of tasks closed.
+        Whoever is ``alone`` closes at once what others left open; returns the number
+        of tasks closed.
         """
-        return await self._close(before_ms=None)
+        if alone:
+            await self.processes.clear()
+        await self.beat()
+        return await self._close_lost() if alone else 0
+
+    async def beat(self) -> None:
+        """Say that this process is alive."""
+        await self.processes.beat(self.process_id, now_ms=self.clock.now_ms())
+        now_ms = self.clock.monotonic_ms()
+        timely = now_ms - self._beaten_ms < LOST_AFTER_MS // 3
+        self._beats = self._beats + 1 if timely else 1
+        self._beaten_ms = now_ms
+
+    async def lost(self) -> int:
+        """Close the tasks of processes that are gone; returns their number.
+
+        After a time in which nobody could say that it is alive, everybody gets the
+        chance to do so first.
+        """
+        if self._beats < BEATS_BEFORE_JUDGING:
+            return 0
+        before_ms = self.clock.now_ms() - LOST_AFTER_MS
+        await self.processes.forget_lost(before_ms=before_ms)
+        return await self._close_lost()
+
+    async def leave(self) -> None:
+        """Say that this process ends: what it left open is nobody's."""
+        await self.processes.leave(self.process_id)
 
     async def overdue(self) -> int:
         """Close tasks long past their deadline; returns their number.
@@ -41,17 +76,21 @@ class Recovery:
         """
         before_ms = self.clock.now_ms() - HOLD_KEPT_MS
         await self.store.take_up_overdue(before_ms)
-        return await self._close(before_ms=before_ms)
+        due = [
+            task
+            for task in await self.store.unfinished(BATCH_TASKS)
+            if task.deadline_ms < before_ms
+        ]
+        for task in due:
+            await self._give_up(task)
+        return len(due)
 
-    async def _close(self, before_ms: int | None) -> int:
+    async def _close_lost(self) -> int:
         closed = 0
-        while batch := await self.store.unfinished(BATCH_TASKS):
-            due = [t for t in batch if before_ms is None or t.deadline_ms < before_ms]
-            for task in due:
+        while batch := await self.store.orphaned(BATCH_TASKS):
+            for task in batch:
                 await self._give_up(task)
-            closed += len(due)
-            if len(due) < len(batch) or len(batch) < BATCH_TASKS:
-                break
+            closed += len(batch)
         return closed
 
     async def _give_up(self, task: TaskRecord) -> None:

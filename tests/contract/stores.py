@@ -19,6 +19,7 @@ from gateway.adapters.sql.database import Database, Operation, Row, T, Transacti
 from gateway.adapters.sql.drains import SqlDrains
 from gateway.adapters.sql.ledger import SqlLedger
 from gateway.adapters.sql.migrations import migrate
+from gateway.adapters.sql.postgres import PostgresDatabase
 from gateway.adapters.sql.queue import SqlQueue
 from gateway.adapters.sql.sqlite import SqliteDatabase
 from gateway.adapters.sql.tasks import SqlTaskStore
@@ -26,6 +27,7 @@ from gateway.core.ledger import Balance
 from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
 from gateway.ports import AttemptEnd, NewAttempt, NewTask, StoredResult, TaskEnd, Tenant
 from providers.kit.contract import Billed, Usage
+from tests.servers import postgres_database
 
 NOW_MS = 1_700_000_000_000
 TENANT = "t-1"
@@ -68,7 +70,33 @@ class Sqlite:
         return (*unguard, "PRAGMA ignore_check_constraints = ON", *triggers, sql)
 
 
-BACKENDS: dict[str, Callable[[Path], Backend]] = {"sqlite": Sqlite}
+@dataclass(slots=True)
+class Postgres:
+    """A database of its own in a PostgreSQL that all tests share."""
+
+    directory: Path
+    url: str = field(default_factory=postgres_database)
+
+    async def connect(self) -> PostgresDatabase:
+        database = await PostgresDatabase.open(self.url)
+        await migrate(database, now_ms=NOW_MS)
+        return database
+
+    def corrupting(self, sql: str) -> tuple[str, ...]:
+        return ("SET LOCAL session_replication_role = replica", _NO_CHECKS, sql)
+
+
+_NO_CHECKS = """DO $$ DECLARE one record; BEGIN
+    FOR one IN SELECT conrelid::regclass AS place, conname FROM pg_constraint
+        WHERE contype = 'c' AND connamespace = 'public'::regnamespace
+    LOOP
+        EXECUTE format('ALTER TABLE %s DROP CONSTRAINT %I', one.place, one.conname);
+    END LOOP;
+END $$"""
+BACKENDS: dict[str, Callable[[Path], Backend]] = {
+    "sqlite": Sqlite,
+    "postgres": Postgres,
+}
 
 
 @dataclass(slots=True)
@@ -164,6 +192,10 @@ class Recorded:
     @property
     def dialect(self) -> Any:
         return self.inner.dialect
+
+    @property
+    def single_process(self) -> bool:
+        return self.inner.single_process
 
     async def write(self, op: Operation[T]) -> T:
         return await self.inner.write(lambda tx: op(_Noting(tx, self.statements)))

@@ -628,7 +628,13 @@ async def test_a_reopened_database_keeps_everything(stores: Stores) -> None:
     assert await stores.balance() == Balance(posted=940, held=100, spent=60)
 
 
-async def test_no_statement_of_a_request_reads_a_whole_table(stores: Stores) -> None:
+async def test_no_statement_of_a_request_reads_a_whole_table(tmp_path: Path) -> None:
+    # PostgreSQL plans by how many rows there are: its plans say nothing here.
+    async with open_stores("sqlite", tmp_path) as stores:
+        await _check_plans(stores)
+
+
+async def _check_plans(stores: Stores) -> None:
     await stores.fund(1_000)
     recorded = Recorded(stores.database)
     tasks, ledger = SqlTaskStore(recorded), SqlLedger(recorded)

@@ -39,6 +39,7 @@ from providers.kit.contract import (
 from tests.fakes import (
     FakeChance,
     FakePayload,
+    FakeProcesses,
     MemoryBlobs,
     OneBalance,
     RelabellingStudio,
@@ -464,6 +465,11 @@ async def test_partial_pictures_are_shown_where_the_upstream_has_them() -> None:
 # --- recovery ---
 
 
+def recovery_of(counter: Counter) -> Recovery:
+    clock, events = counter.shop.clock, counter.shop.events
+    return Recovery(counter.store, FakeProcesses(), "this", clock, events)
+
+
 async def test_what_a_dead_process_left_is_failed_for_free_and_booked() -> None:
     counter = Counter(cheap=ScriptedProvider(delivered()))
     await counter.generate.accept("task-unified-1-aaaaaaaa", counter.request(), KEY)
@@ -471,9 +477,7 @@ async def test_what_a_dead_process_left_is_failed_for_free_and_booked() -> None:
         NewAttempt("task-unified-1-aaaaaaaa", 1, "cheap/gpt-image-2", "cheap", CENT, 0)
     )
 
-    closed = await Recovery(
-        counter.store, counter.shop.clock, counter.shop.events
-    ).after_start()
+    closed = await recovery_of(counter).after_start(alone=True)
 
     task = counter.store.tasks["task-unified-1-aaaaaaaa"]
     assert closed == 1
@@ -489,19 +493,14 @@ async def test_recovery_closes_more_tasks_than_one_batch_holds() -> None:
         task_id = f"task-unified-1-{i:08}"
         await counter.generate.accept(task_id, counter.request(), KEY)
 
-    assert (
-        await Recovery(
-            counter.store, counter.shop.clock, counter.shop.events
-        ).after_start()
-        == 450
-    )
+    assert await recovery_of(counter).after_start(alone=True) == 450
     assert counter.store.balance == RICH
 
 
 async def test_while_serving_only_what_is_long_overdue_is_closed() -> None:
     counter = Counter(cheap=ScriptedProvider(delivered()))
     await counter.generate.accept("task-unified-1-aaaaaaaa", counter.request(), KEY)
-    recovery = Recovery(counter.store, counter.shop.clock, counter.shop.events)
+    recovery = recovery_of(counter)
 
     await counter.shop.clock.sleep(300 + HOLD_KEPT_MS / 1000)
     assert await recovery.overdue() == 0

@@ -63,11 +63,13 @@ Operation = Callable[[Transaction], Coroutine[Any, Any, T]]
 class Dialect:
     """Where engines differ, which is only in how tables are made.
 
-    ``immutable`` are the statements that make ``{table}`` refuse UPDATE and DELETE.
+    ``immutable`` are the statements that make ``{table}`` refuse UPDATE and DELETE;
+    ``alone`` is one that keeps others who run it waiting until the transaction is over.
     """
 
     blob: str
     immutable: tuple[str, ...]
+    alone: str | None = None
 
 
 class Database(Protocol):
@@ -76,6 +78,11 @@ class Database(Protocol):
     @property
     def dialect(self) -> Dialect:
         """How this engine makes tables."""
+        ...
+
+    @property
+    def single_process(self) -> bool:
+        """Whether only one process may serve from it at a time."""
         ...
 
     async def write(self, op: Operation[T]) -> T:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gateway.adapters.sql.database import Database, Transaction
+from gateway.adapters.sql.database import Database, Row, Transaction
 from gateway.core.webhooks import (
     PENDING,
     Delivery,
@@ -103,17 +103,11 @@ async def add_delivery(tx: Transaction, end: TaskEnd) -> None:
 async def _claim(
     tx: Transaction, now_ms: int, lease_ms: int, limit: int, places: Places
 ) -> list[Delivery]:
-    # Few rows per tenant and host come back, however many are due for them.
-    rows = await tx.all(
-        """SELECT id, host, tenant_id, next_ms FROM (
-            SELECT id, host, tenant_id, next_ms, ROW_NUMBER() OVER (
-                PARTITION BY tenant_id, host ORDER BY next_ms, id) AS place
-            FROM deliveries
-            WHERE state = 'pending' AND next_ms <= $1 AND lease_until_ms <= $1
-        ) AS due WHERE place <= $2""",
-        now_ms,
-        places.each,
-    )
+    if not await _due(tx, now_ms, 1):
+        return []
+    # One at a time: who comes second must not choose what the first one has taken.
+    await tx.run("UPDATE turns SET taken = $1 WHERE name = 'deliveries'", now_ms)
+    rows = await _due(tx, now_ms, places.each)
     claimed = []
     for delivery_id in chosen((Due(*row) for row in rows), limit, places):
         row = await tx.one(
@@ -128,6 +122,20 @@ async def _claim(
         if row is not None:
             claimed.append(Delivery(*row))
     return claimed
+
+
+async def _due(tx: Transaction, now_ms: int, each: int) -> Sequence[Row]:
+    # Few rows per tenant and host come back, however many are due for them.
+    return await tx.all(
+        """SELECT id, host, tenant_id, next_ms FROM (
+            SELECT id, host, tenant_id, next_ms, ROW_NUMBER() OVER (
+                PARTITION BY tenant_id, host ORDER BY next_ms, id) AS place
+            FROM deliveries
+            WHERE state = 'pending' AND next_ms <= $1 AND lease_until_ms <= $1
+        ) AS due WHERE place <= $2""",
+        now_ms,
+        each,
+    )
 
 
 async def _note(tx: Transaction, delivery: Delivery) -> bool:

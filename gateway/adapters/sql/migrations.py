@@ -288,6 +288,15 @@ MIGRATIONS = (
         ),
         immutable_tables=("rebuys",),
     ),
+    Migration(
+        statements=(
+            # What only one may do at a time locks its row here.
+            "CREATE TABLE turns (name TEXT PRIMARY KEY, taken BIGINT NOT NULL)",
+            "INSERT INTO turns (name, taken) VALUES ('deliveries', 0), ('rebuys', 0)",
+            "CREATE TABLE processes (id TEXT PRIMARY KEY, seen_ms BIGINT NOT NULL)",
+            "ALTER TABLE tasks ADD COLUMN owner TEXT",
+        ),
+    ),
 )
 """Step n of the schema stands at n - 1."""
 
@@ -304,6 +313,8 @@ async def migrate(database: Database, *, now_ms: int) -> int:
 
 
 async def _migrate(tx: Transaction, dialect: Dialect, now_ms: int) -> int:
+    if dialect.alone is not None:
+        await tx.all(dialect.alone)
     await tx.run(
         """CREATE TABLE IF NOT EXISTS schema_migrations (
             version BIGINT PRIMARY KEY, applied_ms BIGINT NOT NULL)"""

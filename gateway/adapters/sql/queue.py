@@ -117,13 +117,16 @@ async def _claim(
         """UPDATE tasks SET fence = fence + 1, lease_until_ms = $2,
             takeovers = takeovers + CASE WHEN state = 'processing' THEN 1 ELSE 0 END,
             state = 'processing', started_ms = COALESCE(started_ms, $3)
-        WHERE id = $1 RETURNING fence, takeovers, order_json, cancel_ms""",
+        WHERE id = $1 AND (state = 'pending'
+            OR (state = 'processing' AND lease_until_ms < $3))
+        RETURNING fence, takeovers, order_json, cancel_ms""",
         task_id,
         now_ms + lease_ms,
         now_ms,
     )
+    if row is None:
+        return None  # somebody else took it over at the same moment
     record = await read_task(tx, task_id)
-    assert row is not None, task_id
     assert record is not None, task_id
     fence, takeovers, order_json, cancel_ms = row
     cancelled = cancel_ms is not None
@@ -153,7 +156,12 @@ async def _next_in_turn(
         TENANTS_ASKED_MAX if full else 1,
     )
     for (tenant_id,) in tenants:
-        task_id = await _first_of(tx, tenant_id, full)
+        # Whoever claims for the same tenant, or cancels, waits here for the other.
+        locked = await tx.run(
+            "UPDATE accounts SET queued = queued WHERE tenant_id = $1 AND queued > 0",
+            tenant_id,
+        )
+        task_id = await _first_of(tx, tenant_id, full) if locked else None
         if task_id is None:
             continue
         await tx.run(
@@ -185,6 +193,8 @@ async def _first_of(
 async def _cancel(
     tx: Transaction, task_id: str, tenant_id: str, now_ms: int
 ) -> TaskState | None:
+    # No worker claims it in between: that takes the account too.
+    await tx.run("UPDATE accounts SET held = held WHERE tenant_id = $1", tenant_id)
     row = await tx.one(
         "SELECT state, mode, fence FROM tasks WHERE id = $1 AND tenant_id = $2",
         task_id,

@@ -55,6 +55,7 @@ class SqliteDatabase:
     """An SQLite file, used from one event loop. Made by ``open``."""
 
     dialect = SQLITE
+    single_process = True
 
     def __init__(self, writer: _Lane, reader: _Lane) -> None:
         self._writer = writer

@@ -140,6 +140,10 @@ class SqlTaskStore:
             )
         )
 
+    async def orphaned(self, limit: int) -> Sequence[TaskRecord]:
+        """See ``TaskStore``."""
+        return await self.database.read(lambda tx: _read_orphaned(tx, limit))
+
     async def rebuy(self, rebuy: Rebuy, since_ms: int) -> bool:
         """See ``TaskStore``."""
         return await self.database.write(lambda tx: _rebuy(tx, rebuy, since_ms))
@@ -167,8 +171,9 @@ async def _open(tx: Transaction, task: NewTask) -> str | None:
     opened = await tx.run(
         """INSERT INTO tasks (id, tenant_id, key_id, variant, operation, mode, state,
             request_json, created_ms, deadline_ms, fingerprint, callback_url, origin,
-            order_json, class)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
+            order_json, class, owner)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15,
+            $16)
         ON CONFLICT DO NOTHING""",
         task.id,
         task.tenant_id,
@@ -185,6 +190,7 @@ async def _open(tx: Transaction, task: NewTask) -> str | None:
         task.origin or None,
         task.order_json,
         task.task_class or None,
+        task.owner,
     )
     if not opened:
         raise ConflictError(f"there is a task {task.id!r} already")
@@ -379,6 +385,7 @@ async def _rebuy(tx: Transaction, rebuy: Rebuy, since_ms: int) -> bool:
     )
     if noted is not None:
         return True
+    await take_turn(tx, "rebuys", rebuy.created_ms)
     row = await tx.one(
         """SELECT COUNT(*), CAST(COALESCE(SUM(risked_nanousd), 0) AS BIGINT),
             (SELECT CAST(COALESCE(SUM(nanousd), 0) AS BIGINT)
@@ -585,6 +592,21 @@ async def _read_unfinished(tx: Transaction, limit: int) -> list[TaskRecord]:
         ORDER BY created_ms, id LIMIT $1""",
         limit,
     )
+    return await _read_all(tx, rows)
+
+
+async def _read_orphaned(tx: Transaction, limit: int) -> list[TaskRecord]:
+    rows = await tx.all(
+        """SELECT id FROM tasks
+        WHERE finished_ms IS NULL AND mode = 'sync' AND order_json IS NULL
+            AND (owner IS NULL OR owner NOT IN (SELECT id FROM processes))
+        ORDER BY created_ms, id LIMIT $1""",
+        limit,
+    )
+    return await _read_all(tx, rows)
+
+
+async def _read_all(tx: Transaction, rows: Sequence[Row]) -> list[TaskRecord]:
     found = [await read_task(tx, row[0]) for row in rows]
     return [task for task in found if task is not None]
 
