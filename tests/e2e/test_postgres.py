@@ -1,0 +1,136 @@
+"""Gateways that share a PostgreSQL: one truth, whichever is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.gateways import LiveGateway, command
+from tests.e2e.test_tasks import BODY, LATER, PATH, ended, made
+from tests.servers import postgres_database
+
+SECRET = "one secret for all the gateways of this test"
+CONFIG = """
+[server]
+secret = "file:secret"
+admin_key = "env:IMAGEWAY_ADMIN_KEY"
+
+[storage]
+database = "file:database"
+
+[[upstream]]
+name = "sandbox"
+kind = "sandbox"
+options = {{ latency_ms = {latency_ms} }}
+
+[[upstream.offer]]
+variant = "gpt-image-2"
+model = "gpt-image-2"
+cost = {{ per = "image", flat = 0.01 }}
+"""
+
+
+def config_in(folder: Path, latency_ms: int = 0) -> Path:
+    """Write the config of gateways over a new database."""
+    (folder / "secret").write_text(SECRET)
+    (folder / "database").write_text(postgres_database())
+    path = folder / "gateway.toml"
+    path.write_text(CONFIG.format(latency_ms=latency_ms))
+    return path
+
+
+class Replica(LiveGateway):
+    """A gateway whose commands are told where its database is."""
+
+    def cli(self, *args: str):  # type: ignore[no-untyped-def]  # noqa: ANN201
+        done = command(
+            *args, "--data-dir", str(self.data_dir), "--config", str(self.config)
+        )
+        assert done.code == 0 or args[0] == "audit", done
+        return done
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[tuple[Replica, Replica]]:
+    config = config_in(tmp_path, latency_ms=300)
+    first = Replica(tmp_path / "one", config=config)
+    second = Replica(tmp_path / "two", config=config)
+    with first, second:
+        yield first, second
+
+
+def test_a_gateway_on_postgresql_does_what_one_on_sqlite_does(tmp_path: Path) -> None:
+    with Replica(tmp_path / "data", config=config_in(tmp_path)) as gateway:
+        key = gateway.tenant("acme")
+        with gateway.client(key) as client:
+            answer = client.post(PATH, json=BODY)
+            task = ended(client, made(client)["id"])
+            picture = httpx.get(task["data"][0]["url"])
+        gateway.kill()
+        gateway.start()
+        with gateway.client(key) as client:
+            again = client.get(f"/v1/tasks/{task['id']}").json()
+            same = httpx.get(again["results"][0])
+
+        assert answer.status_code == 200
+        assert picture.content.startswith(b"\x89PNG")
+        assert same.content == picture.content
+        assert float(gateway.balance("acme")["spent"]) > 0
+        assert gateway.audit()["clean"]
+
+
+def test_credits_for_ten_buy_ten_however_many_gateways_are_asked(
+    pair: tuple[Replica, Replica],
+) -> None:
+    with pair[0].client(pair[0].tenant("rich")) as client:
+        price = client.post(PATH, json=BODY).json()["usage"]["credits_used"]
+    key = pair[0].tenant("tight", f"{price * 10:.9f}")
+    with pair[0].client(key) as one, pair[1].client(key) as two:
+
+        def buy(number: int) -> int:
+            return (one, two)[number % 2].post(PATH, json=BODY).status_code
+
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(buy, range(60)))
+
+    assert answers.count(200) == 10
+    assert answers.count(402) == 50
+    assert pair[1].balance("tight")["available"] == "0"
+    assert pair[1].audit()["clean"]
+
+
+def test_one_key_buys_once_whichever_gateway_it_is_sent_to(
+    pair: tuple[Replica, Replica],
+) -> None:
+    key = pair[0].tenant("once")
+    headers = LATER | {"idempotency-key": "the-same-for-all-of-them"}
+    with pair[0].client(key) as one, pair[1].client(key) as two:
+
+        def order(number: int) -> str:
+            client = (one, two)[number % 2]
+            answer = client.post(PATH, json=BODY, headers=headers)
+            assert answer.status_code == 200, answer.text
+            return str(answer.json()["id"])
+
+        with ThreadPoolExecutor(16) as pool:
+            ids = set(pool.map(order, range(60)))
+        ended(one, *ids)
+
+    assert len(ids) == 1
+    assert sum(gateway.bought("sandbox") for gateway in pair) == 1
+    assert pair[0].audit()["clean"]
+
+
+def test_without_a_secret_of_their_own_they_do_not_start(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    config.write_text(config.read_text().replace('secret = "file:secret"', ""))
+
+    done = command("serve", "--config", str(config), "--data-dir", str(tmp_path / "d"))
+
+    assert done.code != 0
+    assert "server.secret" in done.err
+    assert "postgresql://" not in done.err + done.out
