@@ -206,6 +206,10 @@ class Books:
         """See ``TaskStore``; no process dies here."""
         raise AssertionError(limit)
 
+    async def orphaned(self, limit: int) -> Sequence[TaskRecord]:
+        """See ``TaskStore``; no process dies here."""
+        raise AssertionError(limit)
+
     async def take_up_overdue(self, before_ms: int) -> int:
         """See ``TaskStore``; no process dies here."""
         raise AssertionError(before_ms)
