@@ -8,6 +8,9 @@ from __future__ import annotations
 import asyncio
 import math
 import selectors
+import time
+
+ALLOWANCE_S = time.get_clock_info("monotonic").resolution
 
 
 class _SkippingSelector(selectors.DefaultSelector):
@@ -26,9 +29,11 @@ class _SkippingSelector(selectors.DefaultSelector):
         if timeout is None:
             msg = "everything waits, and nothing will ever wake it"
             raise RuntimeError(msg)
-        # A step too far, as after half a year the loop's own allowance is lost in
-        # rounding: it would wait for a moment that has come for ever.
-        self.now_s = math.nextafter(self.now_s + timeout, math.inf)
+        self.now_s += timeout
+        if math.ulp(self.now_s) > ALLOWANCE_S:
+            # After half a year the loop's own allowance is lost in rounding: it would
+            # wait for a moment that has come for ever.
+            self.now_s = math.nextafter(self.now_s, math.inf)
         return []
 
 

@@ -385,7 +385,8 @@ async def _rebuy(tx: Transaction, rebuy: Rebuy, since_ms: int) -> bool:
     )
     if noted is not None:
         return True
-    await take_turn(tx, "rebuys", rebuy.created_ms)
+    # One at a time: who comes second must see what the first one has noted.
+    await tx.run("UPDATE turns SET taken = $1 WHERE name = 'rebuys'", rebuy.created_ms)
     row = await tx.one(
         """SELECT COUNT(*), CAST(COALESCE(SUM(risked_nanousd), 0) AS BIGINT),
             (SELECT CAST(COALESCE(SUM(nanousd), 0) AS BIGINT)
