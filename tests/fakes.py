@@ -217,6 +217,8 @@ class MemoryStore:
     trail: list[str] = field(default_factory=list)
     risk: RiskBook = field(default_factory=lambda: RiskBook(0, 0, 0))
     waste_nanousd: int = 0
+    keys_forgotten: list[str] = field(default_factory=list)
+    """Ids of the tasks that let their idempotency keys go."""
     refuse_to_finish: list[Exception] = field(default_factory=list)
     refuse_to_end: list[Exception] = field(default_factory=list)
     refuse_to_begin: list[bool] = field(default_factory=list)
@@ -332,6 +334,8 @@ class MemoryStore:
                 task.charged_nanocredits or 0, task.absorbed_nanocredits or 0
             )
         self.trail.append(f"finish {end.state.value}")
+        if end.forget_key:
+            self.keys_forgotten.append(end.task_id)
         self.balance, settled = ledger.settle(
             self.balance, task.hold_nanocredits, end.due_nanocredits
         )

@@ -591,8 +591,9 @@ def wish_of(request: ImageRequest) -> Wish:
 
 def _maybe_bought(purchase: Purchase | None) -> bool:
     # Then the same key must not buy again.
-    return purchase is not None and any(
-        failure.error.billed is not Billed.NO for failure in purchase.failures
+    return purchase is not None and (
+        bool(purchase.lots)
+        or any(failure.error.billed is not Billed.NO for failure in purchase.failures)
     )
 
 

@@ -28,6 +28,7 @@ from gateway.flows.results import Results
 from gateway.flows.tasks import TaskView
 from gateway.ports import Key, NewAttempt
 from providers.kit.contract import (
+    Billed,
     Capabilities,
     Done,
     FailureKind,
@@ -284,6 +285,28 @@ async def test_a_full_disk_does_not_stop_an_answer_that_carries_its_pictures() -
 
     assert view.charged_nanocredits == CHARGE
     assert len(view.pictures) == 1
+
+
+@pytest.mark.parametrize("billed", list(Billed))
+async def test_a_key_is_let_go_only_when_surely_nothing_was_bought(
+    billed: Billed,
+) -> None:
+    counter = Counter(only=failing(FailureKind.OVERLOADED, billed=billed))
+
+    with pytest.raises(ServiceUnavailableError):
+        await counter.order()
+
+    assert bool(counter.store.keys_forgotten) == (billed is Billed.NO)
+
+
+async def test_a_key_is_kept_when_the_disk_was_full_after_the_purchase() -> None:
+    counter = Counter(cheap=ScriptedProvider(delivered(usage=USAGE)))
+    counter.blobs.full = ServiceUnavailableError("full")
+
+    with pytest.raises(ServiceUnavailableError):
+        await counter.order(links=True)
+
+    assert counter.store.keys_forgotten == []
 
 
 async def test_a_busy_store_is_asked_again_to_settle_what_was_bought() -> None:
