@@ -16,7 +16,6 @@ from gateway.core.errors import (
     ServiceUnavailableError,
 )
 from gateway.core.orders import request_from
-from gateway.core.requests import ImageRequest
 from gateway.core.tasks import (
     TAKEOVERS_MAX,
     TAKEOVERS_WITH_JOB_MAX,
@@ -193,7 +192,7 @@ class Worker:
             return await self.queue.claim(
                 now_ms=self.clock.now_ms(),
                 lease_ms=LEASE_MS,
-                held=self._running.keys(),
+                held=frozenset(self._running),  # the store reads it in its own time
                 full=[v for v, most in self.places.items() if begun[v] >= most],
             )
         except ServiceUnavailableError as error:
@@ -234,22 +233,22 @@ class Worker:
         self.crashed(error, task_id)
 
     async def _carried_out(self, claimed: Claimed) -> None:
-        request = request_from(claimed.order_json, self.catalogue)
-        if request is None or claimed.takeovers > _takeovers_max(claimed.record):
+        accepted = await self._accepted(claimed)
+        if accepted is None:
             await self.generate.abandon(claimed)
-            return
-        try:
-            accepted = await self._accepted(claimed, request)
-        except InvalidRequestError:
-            await self.generate.abandon(claimed)
-            return
-        left: Accepted | None = accepted
+        else:
+            try:
+                await self._ended(claimed, accepted)
+            finally:
+                accepted.inputs.close()
+        await self.kept_inputs.forget(claimed.record.id)
+
+    async def _ended(self, claimed: Claimed, accepted: Accepted) -> None:
         if claimed.cancelled or not await self._worked_off(claimed, accepted):
             cancelling = self.generate.cancel(accepted)
             left = await self._held(claimed, cancelling, heeds=False)
             if left is not None:
                 await self._worked_off(claimed, left)
-        await self.kept_inputs.forget(claimed.record.id)
 
     async def _worked_off(self, claimed: Claimed, accepted: Accepted) -> bool:
         # False: its owner cancelled it meanwhile, and the work on it was stopped.
@@ -278,8 +277,12 @@ class Worker:
             raise _CancelledByOwnerError
         return doing.result()
 
-    async def _accepted(self, claimed: Claimed, request: ImageRequest) -> Accepted:
+    async def _accepted(self, claimed: Claimed) -> Accepted | None:
+        # None: nobody can carry it out, or too many tried.
         record = claimed.record
+        request = request_from(claimed.order_json, self.catalogue)
+        if request is None or claimed.takeovers > _takeovers_max(record):
+            return None
         left_ms = record.deadline_ms - self.clock.now_ms()
         if _has_job(record):
             left_ms = max(left_ms, TAKE_UP_MIN_MS)
@@ -287,7 +290,10 @@ class Worker:
         is_async = record.mode is DeliveryMode.ASYNC
         inputs = NO_INPUTS
         if is_async:
-            inputs = await self.kept_inputs.load(record.id, request)
+            try:
+                inputs = await self.kept_inputs.load(record.id, request)
+            except InvalidRequestError:
+                return None
         return Accepted(
             task=NewTask(
                 id=record.id,

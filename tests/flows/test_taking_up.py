@@ -1,23 +1,19 @@
-"""What a lost worker left, and a worker whose owner or store gets in its way."""
+"""What a lost worker left, taken up by the next."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from gateway.adapters.sql.database import StoreBusyError
-from gateway.core.orders import order_json
 from gateway.core.routing import Preferences
-from gateway.core.tasks import AttemptState, DeliveryMode, FencedError, TaskState
+from gateway.core.tasks import AttemptState, FencedError
 from gateway.flows.dispatch import Purchase
-from gateway.flows.generate import Accepted, Later
-from gateway.flows.inputs import NO_INPUTS, Inputs, KeptInputs
-from gateway.ports import AttemptRecord, Claimed, Lease, Queue, TaskRecord
-from gateway.workers import RENEW_EVERY_S, Worker
+from gateway.ports import AttemptRecord
 from providers.kit.contract import (
     Billed,
     Cancelled,
@@ -30,8 +26,7 @@ from providers.kit.contract import (
 )
 from tests.fakes import MemoryStore, ScriptedProvider, Step, delivered
 from tests.flows.stories import CENT, DEADLINE_MS, Shop
-from tests.flows.test_dispatch import failing, taking, working
-from tests.flows.test_generate import KEY, Counter
+from tests.flows.test_dispatch import failing, working
 
 K = FailureKind
 
@@ -364,138 +359,6 @@ async def test_an_outage_that_lasts_ends_the_order_at_its_deadline() -> None:
     assert purchase.lots == []
     assert shop.clock.monotonic_ms() < DEADLINE_MS
     assert purchase.attempts < 30
-
-
-# --- the worker ---
-
-
-@dataclass
-class Kept:
-    """Inputs that were kept for a task."""
-
-    forgotten: list[str] = field(default_factory=list)
-
-    async def load(self, task_id: str, request: object) -> Inputs:
-        assert task_id
-        assert request
-        return NO_INPUTS
-
-    async def forget(self, task_id: str) -> None:
-        self.forgotten.append(task_id)
-
-
-@dataclass
-class Leases:
-    """Answers each renewal with the next of its answers; the last one repeats."""
-
-    answers: list[Lease | Exception]
-    times_ms: list[int] = field(default_factory=list)
-
-    async def renew(self, *_: object, now_ms: int, lease_ms: int) -> Lease:
-        assert lease_ms
-        self.times_ms.append(now_ms)
-        last = len(self.answers) == 1
-        answer = self.answers[0] if last else self.answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-
-@dataclass
-class Claim:
-    """A task in the hands of a worker."""
-
-    counter: Counter
-    leases: Leases
-    kept: Kept = field(default_factory=Kept)
-    crashes: list[BaseException] = field(default_factory=list)
-
-    async def work(
-        self, *history: AttemptRecord, cancelled: bool = False
-    ) -> TaskRecord:
-        counter, shop = self.counter, self.counter.shop
-        request = counter.request()
-        task_id = counter.generate.new_task_id()
-        later = Later("http://gateway.test")
-        opened = await counter.generate.accept(task_id, request, KEY, later=later)
-        assert isinstance(opened, Accepted)
-        record = replace(
-            counter.store.tasks[task_id],
-            mode=DeliveryMode.ASYNC,
-            state=TaskState.PROCESSING,
-            attempts=history,
-            deadline_ms=shop.clock.now_ms() + 900_000,
-        )
-        counter.store.tasks[task_id] = record
-        worker = Worker(
-            queue=cast("Queue", self.leases),
-            generate=counter.generate,
-            catalogue=counter.catalogue,
-            kept_inputs=cast("KeptInputs", self.kept),
-            clock=shop.clock,
-            crashed=lambda error, _: self.crashes.append(error),
-            at_once=1,
-        )
-        order = order_json(request, 0, has_mask=False)
-        await worker.carry(Claimed(record, order, 3, 1, cancelled))
-        return counter.store.tasks[task_id]
-
-
-async def test_a_store_that_is_busy_for_a_moment_costs_no_paid_work() -> None:
-    counter = Counter(cheap=taking(20))
-    claim = Claim(counter, Leases([StoreBusyError("busy"), Lease(held=True)]))
-
-    task = await claim.work()
-
-    assert task.state is TaskState.COMPLETED
-    assert len(counter.shop.upstreams["cheap"].jobs) == 1
-    assert claim.kept.forgotten == [task.id]
-
-
-async def test_inputs_are_kept_for_whoever_takes_up_what_could_not_be_closed() -> None:
-    counter = Counter(cheap=working())
-    counter.store.refuse_to_finish = [StoreBusyError("busy")] * 100
-    claim = Claim(counter, Leases([Lease(held=True)]))
-
-    task = await claim.work()
-
-    assert not task.state.final
-    assert claim.kept.forgotten == []
-    assert len(claim.crashes) == 1
-
-
-async def test_who_takes_a_cancelled_task_over_buys_nothing_for_it() -> None:
-    stopped = ProviderError(K.TIMEOUT, "canceled", billed=Billed.YES, ended=True)
-    dear = working()
-    counter = Counter(cheap=ScriptedProvider(stopped), dear=dear)
-    claim = Claim(counter, Leases([Lease(held=True, cancelled=True)]))
-    begun = an_attempt(counter.shop, job_id="job-1")
-
-    task = await claim.work(begun, cancelled=True)
-
-    assert task.state is TaskState.CANCELLED
-    assert dear.jobs == []
-
-
-async def test_the_lease_is_renewed_while_upstreams_are_told_to_stop() -> None:
-    class Slow(ScriptedProvider):
-        async def cancel(self, job: ImageJob, job_id: str) -> Cancelled | None:
-            await asyncio.sleep(9)
-            return await super().cancel(job, job_id)
-
-    cheap = Slow(Pending("job-1", 50))
-    cheap.can_stop = True
-    cheap.stops = Cancelled()
-    counter = Counter(cheap=cheap)
-    leases = Leases([Lease(held=True), Lease(held=True, cancelled=True)])
-
-    task = await Claim(counter, leases).work()
-
-    assert task.state is TaskState.CANCELLED
-    assert cheap.stopped == ["job-1"]
-    pauses = [b - a for a, b in zip(leases.times_ms, leases.times_ms[1:], strict=False)]
-    assert len(pauses) >= 4
-    assert set(pauses) == {round(RENEW_EVERY_S * 1000)}
 
 
 # --- the end of a job that nobody waits for any more ---
