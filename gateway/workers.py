@@ -32,6 +32,8 @@ DRAIN_MAX_S = 180.0
 LEASE_MS = 30_000
 RENEW_EVERY_S = 3.0
 POLL_EVERY_S = 1.0
+PLACES_PER_SPARE = 32
+"""Of so many places of a worker one is kept for variants with few tasks under way."""
 TAKE_UP_MIN_MS = 60_000
 """Time to fetch pictures that are made, even if the task's own time is over."""
 
@@ -188,17 +190,31 @@ class Worker:
 
     async def _claimed(self) -> Claimed | None:
         try:
-            begun = Counter(held.variant for held in self._running.values())
             return await self.queue.claim(
                 now_ms=self.clock.now_ms(),
                 lease_ms=LEASE_MS,
                 held=frozenset(self._running),  # the store reads it in its own time
-                full=[v for v, most in self.places.items() if begun[v] >= most],
+                full=self._full(),
             )
         except ServiceUnavailableError as error:
             self.crashed(error, "claiming a task")
             await self.clock.sleep(POLL_EVERY_S)
             return None
+
+    def _full(self) -> list[str]:
+        # The last places of all are for variants with few tasks: a variant with a place
+        # for every slot, where slots are more than places, would take the others' too.
+        begun = Counter(held.variant for held in self._running.values())
+        spare = 0
+        if len(self.places) > 1 and sum(self.places.values()) > self.at_once:
+            spare = self.at_once // PLACES_PER_SPARE
+        is_tight = self.at_once - len(self._running) <= spare
+        few = max(1, spare // max(1, len(self.places)))
+        return [
+            variant
+            for variant, most in self.places.items()
+            if begun[variant] >= (min(most, few) if is_tight else most)
+        ]
 
     def _start(self, claimed: Claimed) -> None:
         task_id = claimed.record.id

@@ -342,6 +342,29 @@ async def test_a_variant_without_a_free_place_keeps_no_other_waiting() -> None:
     assert under_way(worker) == {IMAGE: 1, OTHER: 1}
 
 
+async def test_a_variant_with_a_place_for_all_that_a_worker_may_do_leaves_some() -> (
+    None
+):
+    office = Office(Counter(cheap=taking(20)))
+    wanted = [*[IMAGE] * 64, OTHER]
+    office.line.waiting = [await office.claimed(variant=each) for each in wanted]
+    worker = office.worker(at_once=64, places={IMAGE: 64, OTHER: 10})
+
+    await carrying(worker)
+
+    assert under_way(worker) == {IMAGE: 62, OTHER: 1}
+
+
+async def test_an_only_variant_has_all_places() -> None:
+    office = Office(Counter(cheap=taking(20)))
+    office.line.waiting = [await office.claimed() for _ in range(33)]
+    worker = office.worker(at_once=32, places={IMAGE: 40})
+
+    await carrying(worker)
+
+    assert worker.in_flight == 32
+
+
 async def test_what_a_store_is_told_to_be_held_does_not_change_in_its_hands() -> None:
     office = Office(Counter(cheap=taking(20)))
     office.line.waiting = [await office.claimed() for _ in range(2)]
