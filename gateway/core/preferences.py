@@ -239,13 +239,15 @@ def _decimal(text: str) -> Decimal:
 def _check_names(
     preferences: Preferences, variant: str, catalogue: Catalogue, param: _Namer
 ) -> None:
-    every = [offer for offers in catalogue.offers.values() for offer in offers]
-    known = {offer.upstream for offer in every} | {offer.id for offer in every}
     lists: dict[str, Collection[str] | None] = {
         "only": preferences.only,
         "ignore": preferences.ignore,
         "order": preferences.order,
     }
+    if not any(lists.values()):
+        return  # as nearly every request
+    every = [offer for offers in catalogue.offers.values() for offer in offers]
+    known = {offer.upstream for offer in every} | {offer.id for offer in every}
     for name, given in lists.items():
         for place, each in enumerate(given or ()):
             if each not in known:

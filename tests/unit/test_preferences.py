@@ -178,8 +178,22 @@ def test_what_is_written_down_is_read_again_with_the_same_effect(
     assert again.attempts_max == said.attempts_max
 
 
-def check(*, free: bool = True, **said: Preferences) -> None:
-    check_said(Said(**said), "gpt-image-2", CATALOGUE, tenants_may_choose=free)
+def check(
+    *, free: bool = True, catalogue: Catalogue = CATALOGUE, **said: Preferences
+) -> None:
+    check_said(Said(**said), "gpt-image-2", catalogue, tenants_may_choose=free)
+
+
+def test_for_who_names_nothing_no_offer_is_looked_at() -> None:
+    class Unread(dict[str, Any]):
+        def values(self) -> Any:
+            raise AssertionError("looked at, for every request")
+
+    catalogue = Catalogue(VARIANTS, Unread(CATALOGUE.offers))
+
+    check(body=Preferences(sort=Sort.LATENCY, ignore=()), catalogue=catalogue)
+    with pytest.raises(AssertionError):
+        check(body=Preferences(only=("fair",)), catalogue=catalogue)
 
 
 def test_an_unknown_name_is_refused_with_those_that_there_are() -> None:
