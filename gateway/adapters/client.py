@@ -105,12 +105,14 @@ class GatewayClient:
     Fields:
         api: sends the key with each request.
         links: knows no key.
+        download_max_bytes: a picture with more is given up.
     """
 
     url: str
     key: str = field(repr=False)
     api: httpx.Client = field(repr=False)
     links: httpx.Client = field(repr=False)
+    download_max_bytes: int = DOWNLOAD_MAX_BYTES
 
     def estimate(self, body: Mapping[str, object]) -> str:
         """Price a request body; returns the gateway's JSON as it came."""
@@ -188,13 +190,13 @@ class GatewayClient:
                 if not answer.is_success:
                     raise self._refused_link(answer)
                 with path.open("xb") as file:
-                    left_bytes = DOWNLOAD_MAX_BYTES
+                    left_bytes = self.download_max_bytes
                     for piece in answer.iter_bytes():
                         left_bytes -= len(piece)
                         if left_bytes < 0:
                             raise RefusedError(
                                 "a picture was not fetched: it has more than "
-                                f"{DOWNLOAD_MAX_BYTES:,} bytes"
+                                f"{self.download_max_bytes:,} bytes"
                             )
                         file.write(piece)
         except (httpx.RequestError, httpx.InvalidURL) as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import click
 import httpx
 import pytest
 
-from gateway.adapters.client import GatewayClient, is_task_id
+from gateway.adapters.client import DOWNLOAD_MAX_BYTES, GatewayClient, is_task_id
 from gateway.generating import target_of
 from gateway.remote import (
     PATIENCE_S,
@@ -270,11 +270,17 @@ def test_credits_are_shown_to_the_last_digit(used: str, shown: str) -> None:
 # --- keeping ---
 
 
-def fetched(wire: Wire, target: Target, links: int = 1) -> list[Path]:
+def fetched(
+    wire: Wire,
+    target: Target,
+    links: int = 1,
+    download_max_bytes: int = DOWNLOAD_MAX_BYTES,
+) -> list[Path]:
     urls = [f"{URL}/files/{place}" for place in range(links)]
     more: dict[str, Any] = {"results": urls, "output_format": "jpeg"}
     task = client_over(Wire([told("completed", **more)])).task(ID)
-    return fetch(client_over(wire), task, target, silent, Clock().pace)
+    client = replace(client_over(wire), download_max_bytes=download_max_bytes)
+    return fetch(client, task, target, silent, Clock().pace)
 
 
 def test_links_are_followed_without_the_key(tmp_path: Path) -> None:
@@ -391,20 +397,19 @@ def test_files_that_are_there_are_left_alone_when_a_task_is_picked_up(
     assert [request.url.path for request in wire.asked] == ["/files/1"]
 
 
-def test_a_picture_without_an_end_is_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("gateway.adapters.client.DOWNLOAD_MAX_BYTES", 100_000)
+def test_a_picture_without_an_end_is_given_up(tmp_path: Path) -> None:
+    sent: list[bytes] = []
 
     def endless() -> Iterable[bytes]:
         while True:
-            yield bytes(60_000)
+            sent.append(bytes(60_000))
+            yield sent[-1]
 
     wire = Wire([httpx.Response(200, content=endless())])
     with pytest.raises(RefusedError, match="more than 100,000 bytes"):
-        fetched(wire, Target(tmp_path))
+        fetched(wire, Target(tmp_path), download_max_bytes=100_000)
 
-    assert len(wire.asked) == 1
+    assert (len(wire.asked), len(sent)) == (1, 2)
     assert list(tmp_path.iterdir()) == []
 
 
