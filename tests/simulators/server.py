@@ -20,6 +20,7 @@ import re
 import signal
 import socket
 import struct
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
@@ -151,7 +152,7 @@ def scripted(fault: Fault) -> Reply:
 
 
 @dataclass
-class Simulator:
+class Simulator(ABC):
     """A running simulator, as tests see it."""
 
     key: str
@@ -237,21 +238,21 @@ class Simulator:
             with contextlib.suppress(ConnectionError, asyncio.CancelledError):
                 await writer.wait_closed()
 
+    @abstractmethod
     def bill_usd(self, purchase: Any) -> Decimal:
         """Say what the account is charged for a purchase, exactly; 0: nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sells_at(self, path: str) -> bool:
         """Whether calls of a path buy something."""
-        raise NotImplementedError
 
     def uploads_at(self, path: str) -> str | None:
         """Name the step whose request may be cut off there; None: none is."""
         return "" if self.sells_at(path) else None
 
+    @abstractmethod
     async def answer(self, seen: Seen, writer: asyncio.StreamWriter) -> bool:
         """Answer one request; False when the connection is to be closed."""
-        raise NotImplementedError
 
     async def tell(
         self, refused: Reply | None, body: Any, writer: asyncio.StreamWriter
