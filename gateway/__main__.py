@@ -2,4 +2,4 @@
 
 from gateway.cli import main
 
-main(prog_name="imageway")
+main()

@@ -21,6 +21,8 @@ from urllib.parse import urlsplit
 import click
 from click.core import ParameterSource
 
+from gateway.terminal import EXIT_CONFIG, EXIT_FAILED, local_url
+
 if TYPE_CHECKING:
     from gateway.remote import (
         GatewayClient,
@@ -31,15 +33,11 @@ if TYPE_CHECKING:
         Tell,
         Waited,
     )
-    from gateway.settings import Server
 
-EXIT_FAILED = 1
 EXIT_AWAY = 3
 EXIT_RUNNING = 4
 EXIT_STOPPED = 130
 """As shells count a SIGINT."""
-EXIT_CONFIG = 78
-"""EX_CONFIG of sysexits."""
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 """What a file's extension says of its format."""
@@ -270,13 +268,6 @@ def _configured_url(config: Path | None) -> str:
             click.echo(f"imageway: {problem}", err=True)
         sys.exit(EXIT_CONFIG)
     return local_url(server)
-
-
-def local_url(server: Server) -> str:
-    """Tell where a gateway on this machine listens, by its config."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)  # noqa: S104
-    shown = f"[{host}]" if ":" in host else host
-    return f"http://{shown}:{server.port}"
 
 
 def _key(given: str | None) -> str:

@@ -530,6 +530,20 @@ def test_a_terminal_gets_a_bar_and_stdout_stays_clean(
     assert "credits used" in shown
 
 
+def test_ctrl_c_while_it_is_still_being_loaded_ends_it_without_a_word(
+    folder: Path,
+) -> None:
+    stays = "import time; print('loading', flush=True); time.sleep(60)"
+    (folder / "click.py").write_text(stays)  # found before the real one
+    with started("", "iwk_live_x", folder, "a fox") as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "loading\n"
+        run.send_signal(signal.SIGINT)
+        out, err = run.communicate(timeout=20)
+
+    assert (run.returncode, out, err) == (130, "", "")
+
+
 def test_ctrl_c_while_it_starts_is_a_stop_like_others(folder: Path) -> None:
     config = folder / "gateway.toml"
     os.mkfifo(config)

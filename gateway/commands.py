@@ -1,0 +1,558 @@
+"""The commands of ``imageway``. Heavy parts are imported only by those in need."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gateway.generating import generate, show_estimate
+from gateway.steering import routes, upstreams
+from gateway.terminal import (
+    EXIT_FAILED,
+    fail,
+    listed,
+    one_line_errors,
+    print_json,
+    read_settings,
+    request_body,
+    request_options,
+    shared,
+    show,
+    show_rows,
+    with_books,
+)
+
+if TYPE_CHECKING:
+    from gateway.books import Books
+    from gateway.settings import Settings
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="imageway")
+def main() -> None:
+    """Run imageway: a gateway in front of image models."""
+
+
+# --- serve and check ---
+
+
+@main.command()
+@shared
+@click.option("--host", help="Address to listen on. Default: the config's.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port; 0 takes a free one.")
+def serve(
+    config: Path | None, data_dir: Path | None, host: str | None, port: int | None
+) -> None:
+    """Run the gateway until SIGTERM or Ctrl-C."""
+    more = {"server.host": host, "server.port": None if port is None else str(port)}
+    settings = read_settings(config, data_dir, more)
+    from gateway import serving
+
+    with one_line_errors(), asyncio.Runner(loop_factory=serving.event_loop) as runner:
+        runner.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> None:
+    from gateway import app, serving
+
+    async with app.started(settings) as (gateway, listening, first_key):
+        host, port = listening.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        url = settings.server.public_url or f"http://{shown}:{port}"
+        warnings = app.warnings_of(settings)
+        await serving.serve(
+            gateway, listening, lambda: _greet(settings, url, warnings, first_key)
+        )
+
+
+def _greet(
+    settings: Settings, url: str, warnings: tuple[str, ...], secret: str | None
+) -> None:
+    click.echo(f"imageway runs at {url}  (stop it with Ctrl-C)")
+    click.echo(f"  OpenAI base URL  {url}/v1")
+    click.echo(f"  data             {settings.storage.data_dir.resolve()}")
+    names = ", ".join(upstream.name for upstream in settings.upstreams)
+    click.echo(f"  upstreams        {names}")
+    for left in settings.left_out:
+        click.echo(f"  left out         {left.upstream}: {left.reason}")
+    for warning in warnings:
+        click.echo(f"  warning          {warning}")
+    if settings.server.admin_key is None:
+        click.echo("  admin routes     off: set IMAGEWAY_ADMIN_KEY to turn them on")
+    if secret is None:
+        click.echo("  another key      imageway keys create --tenant first")
+        return
+    click.echo(f"  API key          {secret}")
+    click.echo("                   (1,000 credits; shown this once, so keep it)")
+    click.echo("\nTry it:\n")
+    click.echo(f"  curl -s {url}/v1/images/generations \\")
+    click.echo(f"    -H 'Authorization: Bearer {secret}' \\")
+    click.echo("    -H 'Content-Type: application/json' \\")
+    body = {
+        "model": "gpt-image-2",
+        "prompt": "a lighthouse at dusk",
+        "size": "16:9",
+        "response_format": "url",
+    }
+    click.echo(f"    -d '{json.dumps(body)}'\n")
+
+
+@main.command()
+@shared
+@click.option("--schema", is_flag=True, help="Print a JSON schema for editors.")
+@click.option("--probe", is_flag=True, help="Test each credential with a free call.")
+def check(
+    config: Path | None, data_dir: Path | None, *, schema: bool, probe: bool
+) -> None:
+    """Check the configuration: everything that is wrong, at once.
+
+    Exits 78 when the files are wrong; 1 when they ask for what cannot be done here, or
+    a probe failed; else 0.
+    """
+    if schema:
+        from gateway.settings import json_schema
+
+        print_json(json_schema())
+        return
+    settings = read_settings(config, data_dir, {})
+    with one_line_errors():
+        from gateway import app
+
+        offers = sum(map(len, app.checked_catalogue(settings).offers.values()))
+        warnings = app.warnings_of(settings)
+    for left in settings.left_out:
+        click.echo(f"left out: {left.upstream}: {left.reason}")
+    for warning in warnings:
+        click.echo(f"warning: {warning}")
+    click.echo(f"ok: {len(settings.upstreams)} upstreams, {offers} offers")
+    if probe and not _probe(settings):
+        sys.exit(EXIT_FAILED)
+
+
+def _probe(settings: Settings) -> bool:
+    """Test the credentials; tells whether none is bad."""
+    from gateway import app
+
+    with one_line_errors():
+        probes = asyncio.run(app.probed(settings))
+    for each in probes:
+        click.echo(f"probe {each.text}")
+    return not any(each.has_failed for each in probes)
+
+
+# --- tenants, keys, credits ---
+
+
+@main.group()
+def tenants() -> None:
+    """Who owns credits."""
+
+
+@tenants.command("create")
+@listed
+@click.argument("name")
+@click.option("--credits", "amount", default="0", help="First grant, e.g. 1000 or 0.5.")
+def tenants_create(
+    config: Path | None, data_dir: Path | None, *, as_json: bool, name: str, amount: str
+) -> None:
+    """Make a tenant."""
+    nanocredits = _nano(amount)
+
+    async def run(books: Books) -> dict[str, str]:
+        from gateway.core.money import decimal_text
+
+        tenant = await books.tenants.create(name, nanocredits=nanocredits)
+        balance = await books.tenants.balance(tenant.id)
+        credits_text = decimal_text(balance.available)
+        return {"tenant": name, "tenant_id": tenant.id, "credits": credits_text}
+
+    made = with_books(config, data_dir, run, new=True)
+    show(made, f"made tenant {name} with {made['credits']} credits", as_json=as_json)
+
+
+@tenants.command("list")
+@listed
+def tenants_list(config: Path | None, data_dir: Path | None, *, as_json: bool) -> None:
+    """List tenants and what they have."""
+
+    async def run(books: Books) -> list[dict[str, str]]:
+        from gateway.flows.credits import balance_texts
+
+        return [
+            {"tenant": tenant.name, "tenant_id": tenant.id, **balance_texts(balance)}
+            for tenant, balance in await books.accounts.tenants()
+        ]
+
+    show_rows(with_books(config, data_dir, run), as_json=as_json)
+
+
+@main.group()
+def keys() -> None:
+    """API keys of tenants."""
+
+
+@keys.command("create")
+@listed
+@click.option("--tenant", required=True, help="The tenant's name.")
+@click.option(
+    "--delivery",
+    type=click.Choice(["auto", "sync", "async"]),
+    default="auto",
+    show_default=True,
+    help="Delivery mode of requests that do not say.",
+)
+@click.option(
+    "--routing",
+    "routing_json",
+    help='Where requests go that do not say, e.g. \'{"only": ["openai"]}\'.',
+)
+def keys_create(
+    config: Path | None,
+    data_dir: Path | None,
+    *,
+    as_json: bool,
+    tenant: str,
+    delivery: str,
+    routing_json: str | None,
+) -> None:
+    """Make a key; it is shown this once."""
+    settings = read_settings(config, data_dir, {}, adapters=False)
+    with one_line_errors():
+        from gateway.books import routing_of_key
+
+        routing = routing_of_key(settings, routing_json)
+
+    async def run(books: Books) -> dict[str, str]:
+        owner = await books.tenants.named(tenant)
+        made = await books.keys.create(owner, delivery=delivery, routing=routing)
+        return {
+            "key": made.secret,
+            "key_id": made.key.id,
+            "tenant": tenant,
+            "webhook_secret": await books.webhooks.secret(made.key.id),
+        }
+
+    made = with_books(config, data_dir, run)
+    text = (
+        f"{made['key']}\nwebhook secret: {made['webhook_secret']}\n"
+        f"(both shown this once; id {made['key_id']})"
+    )
+    show(made, text, as_json=as_json)
+
+
+@keys.command("list")
+@listed
+@click.option("--tenant", required=True, help="The tenant's name.")
+def keys_list(
+    config: Path | None, data_dir: Path | None, *, as_json: bool, tenant: str
+) -> None:
+    """List a tenant's keys."""
+
+    async def run(books: Books) -> list[dict[str, str]]:
+        from gateway.core.preferences import routing_text
+
+        owner = await books.tenants.named(tenant)
+        return [
+            {
+                "key_id": key.id,
+                "key": key.display,
+                "delivery": key.delivery,
+                "state": "active" if key.revoked_ms is None else "revoked",
+                "routing": routing_text(key.routing) or "",
+            }
+            for key in await books.accounts.keys(owner.id)
+        ]
+
+    show_rows(with_books(config, data_dir, run), as_json=as_json)
+
+
+@keys.command("revoke")
+@listed
+@click.argument("key_id")
+def keys_revoke(
+    config: Path | None, data_dir: Path | None, *, as_json: bool, key_id: str
+) -> None:
+    """Take a key back."""
+
+    async def run(books: Books) -> dict[str, str]:
+        await books.keys.revoke(key_id)
+        return {"key_id": key_id, "state": "revoked"}
+
+    revoked = with_books(config, data_dir, run)
+    show(revoked, f"revoked {key_id}", as_json=as_json)
+
+
+@keys.command("rotate-webhook-secret")
+@listed
+@click.argument("key_id")
+def keys_rotate_webhook_secret(
+    config: Path | None, data_dir: Path | None, *, as_json: bool, key_id: str
+) -> None:
+    """Sign a key's webhooks anew; for 24 h the secret before signs too."""
+
+    async def run(books: Books) -> dict[str, str]:
+        secret = await books.webhooks.rotate(key_id)
+        return {"key_id": key_id, "webhook_secret": secret}
+
+    made = with_books(config, data_dir, run)
+    text = f"{made['webhook_secret']}\n(shown this once)"
+    show(made, text, as_json=as_json)
+
+
+# --- tasks ---
+
+
+@main.group()
+def tasks() -> None:
+    """What became of requests, and what is still to be made."""
+
+
+@tasks.command("list")
+@listed
+@click.option("--tenant", required=True, help="The tenant's name.")
+@click.option(
+    "--status",
+    type=click.Choice(["pending", "processing", "completed", "failed", "cancelled"]),
+)
+@click.option("--model", help="Only tasks of this model.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=100, show_default=True)
+def tasks_list(
+    config: Path | None,
+    data_dir: Path | None,
+    *,
+    as_json: bool,
+    tenant: str,
+    status: str | None,
+    model: str | None,
+    limit: int,
+) -> None:
+    """List a tenant's tasks, newest first."""
+
+    async def run(books: Books) -> list[dict[str, str]]:
+        from gateway.core.money import decimal_text
+        from gateway.core.tasks import TaskState
+        from gateway.ports import TaskFilter
+
+        owner = await books.tenants.named(tenant)
+        wanted = TaskFilter((TaskState(status),) if status else (), model)
+        _, found = await books.queue.tasks(owner.id, wanted, offset=0, limit=limit)
+        return [
+            {
+                "id": each.id,
+                "model": each.variant,
+                "status": each.state.value,
+                "images": str(each.results),
+                "credits_used": decimal_text(each.charged_nanocredits or 0),
+            }
+            for each in found
+        ]
+
+    show_rows(with_books(config, data_dir, run), as_json=as_json)
+
+
+@tasks.command("cancel")
+@listed
+@click.argument("task_id")
+def tasks_cancel(
+    config: Path | None, data_dir: Path | None, *, as_json: bool, task_id: str
+) -> None:
+    """Cancel an async task: at once while it waits, soon while it runs."""
+
+    async def run(books: Books) -> dict[str, str]:
+        view = await books.cancel(task_id)
+        return {
+            "id": view.id,
+            "status": "cancelling" if view.can_cancel else "cancelled",
+        }
+
+    done = with_books(config, data_dir, run)
+    show(done, f"{done['id']} is {done['status']}", as_json=as_json)
+
+
+# --- webhooks ---
+
+
+@main.group()
+def deliveries() -> None:
+    """Webhooks: sent, to be sent, and given up."""
+
+
+@deliveries.command("list")
+@listed
+@click.option("--tenant", help="The tenant's name. Default: all.")
+@click.option("--state", type=click.Choice(["pending", "delivered", "failed"]))
+@click.option("--limit", type=click.IntRange(1, 1000), default=100, show_default=True)
+def deliveries_list(
+    config: Path | None,
+    data_dir: Path | None,
+    *,
+    as_json: bool,
+    tenant: str | None,
+    state: str | None,
+    limit: int,
+) -> None:
+    """List deliveries, newest first."""
+
+    async def run(books: Books) -> list[dict[str, str]]:
+        owner = await books.tenants.named(tenant) if tenant else None
+        _, found = await books.webhooks.list(
+            owner.id if owner else None, state=state, offset=0, limit=limit
+        )
+        return [
+            {
+                "id": each.id,
+                "state": each.state,
+                "tries": str(each.tries),
+                "url": each.url,
+                "error": each.error or "",
+            }
+            for each in found
+        ]
+
+    show_rows(with_books(config, data_dir, run), as_json=as_json)
+
+
+@deliveries.command("redeliver")
+@listed
+@click.argument("delivery_id")
+def deliveries_redeliver(
+    config: Path | None, data_dir: Path | None, *, as_json: bool, delivery_id: str
+) -> None:
+    """Send a webhook again, under the same id; the running gateway does it."""
+
+    async def run(books: Books) -> dict[str, str]:
+        again = await books.webhooks.redeliver(delivery_id, None)
+        return {"id": again.id, "state": again.state}
+
+    again = with_books(config, data_dir, run)
+    show(again, f"{delivery_id} is due again", as_json=as_json)
+
+
+@main.group("credits")
+def credits_() -> None:
+    """What tenants have."""
+
+
+@credits_.command("balance")
+@listed
+@click.option("--tenant", required=True, help="The tenant's name.")
+def credits_balance(
+    config: Path | None, data_dir: Path | None, *, as_json: bool, tenant: str
+) -> None:
+    """Show available, held and spent credits."""
+
+    async def run(books: Books) -> dict[str, str]:
+        from gateway.flows.credits import balance_texts
+
+        owner = await books.tenants.named(tenant)
+        return balance_texts(await books.tenants.balance(owner.id))
+
+    balance = with_books(config, data_dir, run)
+    lines = "\n".join(f"{name:<10}{amount}" for name, amount in balance.items())
+    show(balance, lines, as_json=as_json)
+
+
+@credits_.command("grant")
+@listed
+@click.option("--tenant", required=True, help="The tenant's name.")
+@click.option("--reference", help="The same reference again changes nothing.")
+@click.argument("amount")
+def credits_grant(
+    config: Path | None,
+    data_dir: Path | None,
+    *,
+    as_json: bool,
+    tenant: str,
+    reference: str | None,
+    amount: str,
+) -> None:
+    """Give a tenant credits, e.g. 250 or 0.5."""
+    nanocredits = _nano(amount)
+
+    async def run(books: Books) -> dict[str, str]:
+        from gateway.flows.credits import balance_texts
+
+        owner = await books.tenants.named(tenant)
+        after = await books.tenants.grant(owner, nanocredits, reference=reference)
+        return balance_texts(after)
+
+    balance = with_books(config, data_dir, run)
+    show(balance, f"{tenant} now has {balance['available']} credits", as_json=as_json)
+
+
+# --- prices ---
+
+
+@main.command()
+@listed
+@request_options
+def estimate(
+    config: Path | None, data_dir: Path | None, *, as_json: bool, **options: Any
+) -> None:
+    """Tell what a request will cost its tenant, before it is made."""
+    settings = read_settings(config, data_dir, {})
+    body = request_body(options)
+    with one_line_errors():
+        from gateway import app
+
+        priced = app.estimated(settings, body)
+    show_estimate(app.as_json(priced), as_json=as_json)
+
+
+for _command in (generate, routes, upstreams):
+    main.add_command(_command)
+
+
+@main.command()
+@listed
+def audit(config: Path | None, data_dir: Path | None, *, as_json: bool) -> None:
+    """Recompute every invariant of the books; exits 1 on any drift."""
+
+    async def run(books: Books) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        report = await books.audit()
+        return {"clean": not report.drifts, **asdict(report)}
+
+    report = with_books(config, data_dir, run)
+    counts = ", ".join(
+        f"{report[name]} {name}"
+        for name in ("tenants", "entries", "holds_open", "settlements")
+    )
+    drifts = [
+        f"{d['invariant']}: {d['subject']}: {d['detail']}" for d in report["drifts"]
+    ]
+    verdict = "clean" if report["clean"] else "DRIFT"
+    show(report, "\n".join([f"{verdict} ({counts})", *drifts]), as_json=as_json)
+    if not report["clean"]:
+        sys.exit(EXIT_FAILED)
+
+
+@main.command()
+@click.option("--url", default="http://127.0.0.1:8080", show_default=True)
+def healthcheck(url: str) -> None:
+    """Ask a running gateway whether it is ready; exits 1 if not."""
+    from urllib.error import URLError
+    from urllib.request import urlopen
+
+    if not url.startswith(("http://", "https://")):
+        fail("--url must start with http:// or https://")
+    try:
+        with urlopen(f"{url}/health/ready", timeout=5) as answer:  # noqa: S310
+            click.echo(answer.read().decode())
+    except (URLError, OSError, ValueError) as error:
+        fail(f"{url} is not ready: {error}")
+
+
+def _nano(text: str) -> int:
+    from gateway.core.money import parse_nano
+
+    try:
+        return parse_nano(text)
+    except ValueError as error:
+        fail(f"credits {error}")
