@@ -32,7 +32,7 @@ from tests.contract.fal_upstream import (
     faulted,
     refused,
 )
-from tests.contract.upstreams import K, Upstream, an_input, file_of, tools
+from tests.contract.upstreams import K, Upstream, an_input, close, file_of, tools
 from tests.simulators.fal_server import KEY, FalSimulator
 from tests.simulators.pictures import BIG_BYTES, picture, png
 from tests.simulators.server import Fault
@@ -46,17 +46,6 @@ def body_of(simulator: FalSimulator) -> Any:
     return simulator.requests[0].json()
 
 
-async def pending(upstream: Upstream, **changes: Any) -> Pending:
-    step = await upstream.provider.start(upstream.job(**changes))
-    assert isinstance(step, Pending)
-    return step
-
-
-def close(done: Done) -> None:
-    for made in done.images:
-        made.payload.close()
-
-
 # --- the shape of what is sent ---
 
 
@@ -64,7 +53,7 @@ async def test_a_plain_job_says_all_that_fal_would_choose_otherwise(
     tmp_path: Path,
 ) -> None:
     async with fal_upstream(tmp_path) as (upstream, simulator):
-        await pending(upstream, n=2, deadline_s=240.0)
+        await upstream.submitted(n=2, deadline_s=240.0)
         (seen,) = simulator.requests
     assert (seen.method, seen.path) == ("POST", "/openai/gpt-image-2")
     assert seen.headers["authorization"] == f"Key {KEY}"
@@ -123,7 +112,7 @@ async def test_a_job_may_start_in_the_first_half_of_the_time_it_is_wanted(
     tmp_path: Path,
 ) -> None:
     async with fal_upstream(tmp_path) as (upstream, simulator):
-        await pending(upstream, deadline_s=240.0, wanted_for_s=895.0)
+        await upstream.submitted(deadline_s=240.0, wanted_for_s=895.0)
         headers = simulator.requests[0].headers
     assert headers["x-fal-request-timeout"] == "447"
 
@@ -210,7 +199,7 @@ async def test_the_endpoint_that_edits_is_found(
 
 async def test_a_low_priority_is_told(tmp_path: Path) -> None:
     async with fal_upstream(tmp_path, priority="low") as (upstream, simulator):
-        await pending(upstream, deadline_s=1.0)
+        await upstream.submitted(deadline_s=1.0)
         headers = simulator.requests[0].headers
     assert headers["x-fal-queue-priority"] == "low"
     assert headers["x-fal-request-timeout"] == "2"
@@ -230,35 +219,28 @@ async def test_a_prompt_that_is_no_unicode_is_the_clients_fault(
 
 async def test_a_job_is_found_again_by_another_process(tmp_path: Path) -> None:
     async with fal_upstream(tmp_path) as (upstream, simulator):
-        step = await pending(upstream)
+        step = await upstream.submitted()
         account = an_account(base_url=simulator.base_url, secret=KEY)
         async with tools(tmp_path) as given:
             upstream.provider = PROVIDERS["fal"](account, given)
-            done = await finished(upstream, step)
+            done = await upstream.finished(step)
         (bought,) = simulator.purchases
     assert done.upstream_request_id == bought.request_id
     close(done)
 
 
-async def finished(upstream: Upstream, step: Done | Pending) -> Done:
-    """Ask on, as the gateway does."""
-    while isinstance(step, Pending):
-        step = await upstream.provider.poll(upstream.job(), step.job_id)
-    return step
-
-
 async def test_a_job_that_waits_is_not_begun(tmp_path: Path) -> None:
     async with fal_upstream(tmp_path) as (upstream, simulator):
         simulator.busy = True
-        job_id = (await pending(upstream)).job_id
-        waits = await upstream.provider.poll(upstream.job(), job_id)
+        job_id = (await upstream.submitted()).job_id
+        waits = await upstream.look(job_id)
         assert waits == Pending(job_id, 2.0, progress=0)
         assert not simulator.purchases
         simulator.busy = False
-        assert await upstream.provider.poll(upstream.job(), job_id) == waits
-        works = await upstream.provider.poll(upstream.job(), job_id)
+        assert await upstream.look(job_id) == waits
+        works = await upstream.look(job_id)
         assert works == Pending(job_id, 1.0)
-        close(await finished(upstream, works))
+        close(await upstream.finished(works))
         assert len(simulator.purchases) == 1
 
 
@@ -266,10 +248,10 @@ async def test_a_job_may_go_back(tmp_path: Path) -> None:
     states = ["IN_PROGRESS", "IN_QUEUE", "COMPLETED", "IN_PROGRESS"]
     async with fal_upstream(tmp_path) as (upstream, simulator):
         simulator.script(Fault("run", answer="states", body=states))
-        step: Done | Pending = await pending(upstream)
+        step: Done | Pending = await upstream.submitted()
         seen = []
         while isinstance(step, Pending):
-            step = await upstream.provider.poll(upstream.job(), step.job_id)
+            step = await upstream.look(step.job_id)
             seen.append(type(step).__name__)
         close(step)
         assert seen == ["Pending"] * 4 + ["Done"]
@@ -303,10 +285,10 @@ async def test_a_read_that_fails_can_be_repeated(
         lost = fault.get("close") in {"before_reply", "reset"}
         simulator.script(*[Fault(on, **fault)] * (2 if lost else 1))
         error = None
-        step: Done | Pending = await pending(upstream)
+        step: Done | Pending = await upstream.submitted()
         while isinstance(step, Pending):
             try:
-                step = await upstream.provider.poll(upstream.job(), step.job_id)
+                step = await upstream.look(step.job_id)
             except ProviderError as caught:
                 assert error is None
                 error = caught
@@ -348,18 +330,18 @@ async def test_a_look_that_is_refused_says_nothing_of_the_job(
     fault: Fault, kind: FailureKind, tmp_path: Path
 ) -> None:
     async with fal_upstream(tmp_path) as (upstream, simulator):
-        step: Done | Pending = await pending(upstream)
+        step: Done | Pending = await upstream.submitted()
         simulator.script(fault)
         error = await first_failure(upstream, step)
         assert (error.kind, error.billed, error.ended) == (kind, MAYBE, False)
         assert error.client_message is None
-        close(await finished(upstream, step))
+        close(await upstream.finished(step))
         assert len(simulator.purchases) == 1
 
 
 async def first_failure(upstream: Upstream, step: Done | Pending) -> ProviderError:
     with pytest.raises(ProviderError) as caught:
-        await finished(upstream, step)
+        await upstream.finished(step)
     return caught.value
 
 
@@ -379,8 +361,8 @@ async def test_a_link_elsewhere_is_not_followed_and_the_job_not_lost(
     model = "openai/gpt-image-2.5/flare/text-to-image"
     async with fal_upstream(tmp_path) as (upstream, simulator):
         simulator.script(Fault(answer=answer))
-        step = await pending(upstream, model=model)
-        done = await finished(upstream, step)
+        step = await upstream.submitted(model=model)
+        done = await upstream.finished(step)
         close(done)
         asked = [seen.path for seen in simulator.requests[1:]]
         home = f"/openai/gpt-image-2.5/requests/{done.upstream_request_id}"
@@ -701,14 +683,14 @@ async def test_a_picture_that_is_gone_is_lost_and_one_out_of_reach_is_not(
     fault: Fault, kind: FailureKind, tmp_path: Path
 ) -> None:
     async with fal_upstream(tmp_path) as (upstream, simulator):
-        step = await pending(upstream)
+        step = await upstream.submitted()
         simulator.script(fault, fault, fault)
         error = await first_failure(upstream, step)
         assert (error.kind, error.billed) == (kind, YES)
         assert error.ended is (kind is K.RESULT_LOST)
         assert upstream.files() == 0
         # It is there again, and still the same purchase.
-        close(await finished(upstream, step))
+        close(await upstream.finished(step))
         assert len(simulator.purchases) == 1
 
 
@@ -815,8 +797,8 @@ async def test_a_job_that_waited_is_stopped_and_nobody_knows_whether_it_ran(
 ) -> None:
     async with fal_upstream(tmp_path) as (upstream, simulator):
         simulator.busy = True
-        job_id = (await pending(upstream)).job_id
-        await upstream.provider.poll(upstream.job(), job_id)
+        job_id = (await upstream.submitted()).job_id
+        await upstream.look(job_id)
         # A runner is free just now, for all that we know.
         stopped = await upstream.provider.cancel(upstream.job(), job_id)
         assert stopped == Cancelled(MAYBE)
@@ -829,7 +811,7 @@ async def test_units_on_a_cancel_tell_whether_it_is_charged(
     units: str, billed: Billed, tmp_path: Path
 ) -> None:
     async with fal_upstream(tmp_path) as (upstream, simulator):
-        job_id = (await pending(upstream)).job_id
+        job_id = (await upstream.submitted()).job_id
         headers = {"x-fal-billable-units": units}
         simulator.script(Fault("cancel", status=202, body={}, headers=headers))
         stopped = await upstream.provider.cancel(upstream.job(), job_id)
@@ -839,11 +821,11 @@ async def test_units_on_a_cancel_tell_whether_it_is_charged(
 async def test_a_job_that_runs_may_be_charged_though_cancelled(tmp_path: Path) -> None:
     async with fal_upstream(tmp_path) as (upstream, simulator):
         simulator.script(Fault("run", hang=True))
-        job_id = (await pending(upstream)).job_id
+        job_id = (await upstream.submitted()).job_id
         stopped = await upstream.provider.cancel(upstream.job(), job_id)
         assert stopped == Cancelled(MAYBE)
         with pytest.raises(ProviderError) as caught:
-            await upstream.provider.poll(upstream.job(), job_id)
+            await upstream.look(job_id)
         error = caught.value
         assert (error.kind, error.billed, error.ended) == (K.TIMEOUT, MAYBE, True)
         assert len(simulator.purchases) == 1
@@ -851,23 +833,23 @@ async def test_a_job_that_runs_may_be_charged_though_cancelled(tmp_path: Path) -
 
 async def test_a_job_that_has_ended_is_not_cancelled(tmp_path: Path) -> None:
     async with fal_upstream(tmp_path) as (upstream, _):
-        job_id = (await pending(upstream)).job_id
-        await upstream.provider.poll(upstream.job(), job_id)
+        job_id = (await upstream.submitted()).job_id
+        await upstream.look(job_id)
         assert await upstream.provider.cancel(upstream.job(), job_id) is None
-        close(await finished(upstream, Pending(job_id)))
+        close(await upstream.finished(Pending(job_id)))
 
 
 @pytest.mark.parametrize("status", [400, 404])
 async def test_a_cancel_may_come_too_late(status: int, tmp_path: Path) -> None:
     async with fal_upstream(tmp_path) as (upstream, simulator):
-        job_id = (await pending(upstream)).job_id
+        job_id = (await upstream.submitted()).job_id
         simulator.script(Fault("cancel", status=status, body={"status": "X"}))
         assert await upstream.provider.cancel(upstream.job(), job_id) is None
 
 
 async def test_a_cancel_that_fails_leaves_the_bill_open(tmp_path: Path) -> None:
     async with fal_upstream(tmp_path) as (upstream, simulator):
-        job_id = (await pending(upstream)).job_id
+        job_id = (await upstream.submitted()).job_id
         simulator.script(Fault("cancel", status=503, body="<html>nginx</html>"))
         with pytest.raises(ProviderError) as caught:
             await upstream.provider.cancel(upstream.job(), job_id)

@@ -31,7 +31,7 @@ from tests.contract.openrouter_upstream import (
     openrouter_error,
     openrouter_upstream,
 )
-from tests.contract.upstreams import K, an_input, file_of, tools
+from tests.contract.upstreams import K, an_input, close, file_of, tools
 from tests.simulators.openrouter_server import KEY
 from tests.simulators.pictures import png
 from tests.simulators.server import Fault
@@ -40,11 +40,6 @@ EDIT = Operation.EDIT
 NO, MAYBE, YES = Billed.NO, Billed.MAYBE, Billed.YES
 SEEDREAM = "bytedance-seed/seedream-4.5"
 LARGE = png(64, 32, padding=4_000_000)
-
-
-def close(done: Done) -> None:
-    for made in done.images:
-        made.payload.close()
 
 
 # --- the shape of what is sent ---

@@ -38,7 +38,7 @@ from tests.contract.replicate_upstream import (
     refused,
     replicate_upstream,
 )
-from tests.contract.upstreams import K, Upstream, an_input, file_of, tools
+from tests.contract.upstreams import K, an_input, close, file_of, tools
 from tests.simulators.pictures import png
 from tests.simulators.replicate_server import KEY, ReplicateSimulator, throttled
 from tests.simulators.server import Fault, Seen
@@ -46,11 +46,6 @@ from tests.simulators.server import Fault, Seen
 EDIT = Operation.EDIT
 SMALL = png(64, 32)
 LARGE = png(64, 32, padding=INLINE_MAX_BYTES)
-
-
-def close(done: Done) -> None:
-    for image in done.images:
-        image.payload.close()
 
 
 def sha256(file: bytes) -> str:
@@ -73,29 +68,10 @@ def created(simulator: ReplicateSimulator) -> list[Seen]:
     ]
 
 
-async def submitted(upstream: Upstream, **changes: Any) -> Pending:
-    step = await upstream.provider.start(upstream.job(**changes))
-    assert isinstance(step, Pending)
-    return step
-
-
 def times(fault: Fault, reads: int = 1) -> list[Fault]:
     """Let so many reads fail: one that is dropped is tried again below HTTP, once."""
     dropped = fault.close in {"before_reply", "reset"}
     return [fault] * reads * (2 if dropped else 1)
-
-
-async def failed_poll(upstream: Upstream, pending: Pending) -> ProviderError:
-    with pytest.raises(ProviderError) as caught:
-        await upstream.provider.poll(upstream.job(), pending.job_id)
-    return caught.value
-
-
-async def finished(upstream: Upstream, pending: Pending) -> Done:
-    step: Done | Pending = pending
-    while isinstance(step, Pending):
-        step = await upstream.provider.poll(upstream.job(), pending.job_id)
-    return step
 
 
 @asynccontextmanager
@@ -241,7 +217,7 @@ async def test_a_call_that_is_held_open_brings_the_picture_at_once(
 async def test_a_call_that_is_held_open_may_still_bring_no_end(tmp_path: Path) -> None:
     async with replicate_upstream(tmp_path, wait_s=1) as (upstream, simulator):
         simulator.script(Fault(answer="overrun"))
-        close(await finished(upstream, await submitted(upstream)))
+        close(await upstream.finished(await upstream.submitted()))
         assert len(created(simulator)) == 1
 
 
@@ -251,9 +227,9 @@ async def test_a_picture_that_cannot_be_fetched_yet_is_fetched_at_the_next_look(
     async with replicate_upstream(tmp_path, wait_s=60) as (upstream, simulator):
         down = Fault(on="output", status=503)
         simulator.script(Fault(), down, down, down)
-        pending = await submitted(upstream)
+        pending = await upstream.submitted()
         assert upstream.files() == 0
-        close(await finished(upstream, pending))
+        close(await upstream.finished(pending))
         assert simulator.billed == 1
 
 
@@ -262,7 +238,7 @@ async def test_a_prediction_that_has_failed_at_once_is_a_failure_at_once(
 ) -> None:
     async with replicate_upstream(tmp_path, wait_s=60) as (upstream, _):
         with pytest.raises(ProviderError) as caught:
-            await submitted(upstream, prompt="[moderate] x")
+            await upstream.submitted(prompt="[moderate] x")
     assert caught.value.kind is K.CONTENT_POLICY
 
 
@@ -481,10 +457,10 @@ async def test_a_code_in_the_text_is_kept_as_it_came(
 
 async def test_pictures_vanish_after_an_hour(tmp_path: Path) -> None:
     async with replicate_upstream(tmp_path) as (upstream, simulator):
-        pending = await submitted(upstream)
-        close(await finished(upstream, pending))
+        pending = await upstream.submitted()
+        close(await upstream.finished(pending))
         simulator.let_an_hour_pass()
-        error = await failed_poll(upstream, pending)
+        error = await upstream.failed_look(pending.job_id)
         assert (error.kind, error.billed, error.ended) == (K.RESULT_LOST, YES, True)
         assert agree(error, simulator)
 
@@ -493,14 +469,12 @@ async def test_a_deadline_stops_what_is_waiting_for_nothing(tmp_path: Path) -> N
     async with replicate_upstream(tmp_path) as (upstream, simulator):
         for answer, billed in (("waiting", NO), ("stuck", YES)):
             simulator.script(Fault(answer=answer))
-            pending = await submitted(upstream)
+            pending = await upstream.submitted()
             job = list(simulator.jobs.values())[-1]
-            assert isinstance(
-                await upstream.provider.poll(upstream.job(), pending.job_id), Pending
-            )
+            assert isinstance(await upstream.look(pending.job_id), Pending)
             # As if the time that Cancel-After gives had passed.
             job.cancel_at_s = 0
-            error = await failed_poll(upstream, pending)
+            error = await upstream.failed_look(pending.job_id)
             assert (error.kind, error.billed) == (K.TIMEOUT, billed)
         assert simulator.billed == 1
 
@@ -528,12 +502,12 @@ async def test_a_read_that_fails_can_be_repeated(
     fault: Fault, kind: FailureKind, tmp_path: Path
 ) -> None:
     async with replicate_upstream(tmp_path) as (upstream, simulator):
-        pending = await submitted(upstream)
+        pending = await upstream.submitted()
         simulator.script(*times(fault))
-        error = await failed_poll(upstream, pending)
+        error = await upstream.failed_look(pending.job_id)
         assert (error.kind, error.billed, error.ended) == (kind, MAYBE, False)
         assert KEY not in str(error)
-        close(await finished(upstream, pending))
+        close(await upstream.finished(pending))
         assert (len(created(simulator)), simulator.billed) == (1, 1)
 
 
@@ -555,12 +529,12 @@ async def test_a_read_that_is_refused_says_nothing_of_the_prediction(
     fault: Fault, kind: FailureKind, tmp_path: Path
 ) -> None:
     async with replicate_upstream(tmp_path) as (upstream, simulator):
-        pending = await submitted(upstream)
+        pending = await upstream.submitted()
         simulator.script(fault)
-        error = await failed_poll(upstream, pending)
+        error = await upstream.failed_look(pending.job_id)
         assert (error.kind, error.billed, error.ended) == (kind, MAYBE, False)
         assert error.client_message is None
-        close(await finished(upstream, pending))
+        close(await upstream.finished(pending))
         assert simulator.billed == 1
 
 
@@ -581,15 +555,15 @@ async def test_a_picture_that_is_gone_is_lost_and_one_out_of_reach_is_not(
 ) -> None:
     async with replicate_upstream(tmp_path) as (upstream, simulator):
         simulator.script(Fault(), *times(fault, 3))
-        pending = await submitted(upstream)
+        pending = await upstream.submitted()
         with pytest.raises(ProviderError) as caught:
-            await finished(upstream, pending)
+            await upstream.finished(pending)
         error = caught.value
         kind = K.RESULT_LOST if ended else K.BAD_GATEWAY
         assert (error.kind, error.billed, error.ended) == (kind, YES, ended)
         assert upstream.files() == 0
         # It is there again, and still the same purchase.
-        close(await finished(upstream, pending))
+        close(await upstream.finished(pending))
         assert simulator.billed == 1
 
 
@@ -597,21 +571,21 @@ async def test_a_picture_that_is_gone_is_lost_and_one_out_of_reach_is_not(
 async def test_states_may_go_backwards_or_be_new(answer: str, tmp_path: Path) -> None:
     async with replicate_upstream(tmp_path) as (upstream, simulator):
         simulator.script(Fault(answer=answer))
-        pending = await submitted(upstream)
+        pending = await upstream.submitted()
         if answer == "unknown_state":
-            error = await failed_poll(upstream, pending)
+            error = await upstream.failed_look(pending.job_id)
             assert (error.kind, error.billed, error.ended) == (
                 K.BAD_GATEWAY,
                 MAYBE,
                 False,
             )
-        close(await finished(upstream, pending))
+        close(await upstream.finished(pending))
         assert simulator.billed == 1
 
 
 async def test_another_process_finds_the_prediction_again(tmp_path: Path) -> None:
     async with replicate_upstream(tmp_path) as (upstream, simulator):
-        pending = await submitted(upstream)
+        pending = await upstream.submitted()
         assert KEY not in pending.job_id
         async with again(simulator, tmp_path) as provider:
             step: Done | Pending = pending
@@ -630,11 +604,11 @@ async def test_a_url_elsewhere_is_not_followed_and_the_picture_not_lost(
 ) -> None:
     async with replicate_upstream(tmp_path) as (upstream, simulator):
         simulator.script(Fault(answer=answer))
-        pending = await submitted(upstream)
+        pending = await upstream.submitted()
         told = json.loads(pending.job_id)
         home = f"{simulator.base_url}/predictions/{told['id']}"
         assert (told["get"], told["cancel"]) == (home, f"{home}/cancel")
-        close(await finished(upstream, pending))
+        close(await upstream.finished(pending))
 
 
 @pytest.mark.parametrize(
@@ -652,13 +626,13 @@ async def test_a_job_id_that_leads_elsewhere_is_refused(
     change: Callable[[str], str], tmp_path: Path
 ) -> None:
     async with replicate_upstream(tmp_path) as (upstream, simulator):
-        pending = await submitted(upstream)
+        pending = await upstream.submitted()
         told = json.loads(pending.job_id)
         led = json.dumps(told | {"get": change(told["get"])})
-        error = await failed_poll(upstream, Pending(led))
+        error = await upstream.failed_look(led)
         # It is out, and may be charged for.
         assert (error.kind, error.billed) == (K.UNSUPPORTED, MAYBE)
-        assert (await failed_poll(upstream, Pending("{}"))).billed is MAYBE
+        assert (await upstream.failed_look("{}")).billed is MAYBE
         assert len(simulator.requests) == 1
 
 
@@ -767,7 +741,7 @@ async def test_what_is_stopped_is_charged_once_it_has_started(
 ) -> None:
     async with replicate_upstream(tmp_path) as (upstream, simulator):
         simulator.script(Fault(answer=answer))
-        pending = await submitted(upstream)
+        pending = await upstream.submitted()
         job = simulator.jobs[json.loads(pending.job_id)["id"]]
         for _ in range(looks):
             job.step(simulator.now_s())
@@ -781,7 +755,7 @@ async def test_a_wish_to_stop_that_only_was_taken_is_maybe_charged(
     tmp_path: Path,
 ) -> None:
     async with replicate_upstream(tmp_path) as (upstream, simulator):
-        pending = await submitted(upstream)
+        pending = await upstream.submitted()
         job = simulator.jobs[json.loads(pending.job_id)["id"]]
         body = simulator.shown(job)
         simulator.script(Fault(on="cancel", status=200, body=body))
@@ -791,7 +765,7 @@ async def test_a_wish_to_stop_that_only_was_taken_is_maybe_charged(
 
 async def test_stopping_that_fails_says_nothing_of_the_bill(tmp_path: Path) -> None:
     async with replicate_upstream(tmp_path) as (upstream, simulator):
-        pending = await submitted(upstream)
+        pending = await upstream.submitted()
         simulator.script(Fault(on="cancel", close="reset"))
         with pytest.raises(ProviderError) as caught:
             await upstream.provider.cancel(upstream.job(), pending.job_id)
@@ -819,7 +793,7 @@ async def test_options_say_what_the_models_can_do(tmp_path: Path) -> None:
         assert able.qualities == frozenset({"low"})
         assert able.output_formats == frozenset({"png"})
         assert able.backgrounds == frozenset({"opaque", "transparent"})
-        assert (await submitted(upstream)).poll_after_s == 2.5
+        assert (await upstream.submitted()).poll_after_s == 2.5
         with pytest.raises(ProviderError, match="no streams"):
             upstream.provider.stream(upstream.job())
 

@@ -24,7 +24,7 @@ from providers.kit.contract import (
 from providers.registry import PROVIDERS
 from tests.builders import a_job, an_account
 from tests.contract.task_upstream import task_error, task_upstream
-from tests.contract.upstreams import K, Upstream, an_input, file_of, tools
+from tests.contract.upstreams import K, Upstream, an_input, close, file_of, tools
 from tests.simulators.pictures import png
 from tests.simulators.server import Fault
 from tests.simulators.task_server import (
@@ -39,25 +39,8 @@ NO, MAYBE, YES = Billed.NO, Billed.MAYBE, Billed.YES
 MASK = png(64, 32, clear=True)
 
 
-def close(done: Done) -> None:
-    for image in done.images:
-        image.payload.close()
-
-
 async def submitted(upstream: Upstream, **changes: Any) -> str:
-    step = await upstream.provider.start(upstream.job(**changes))
-    assert isinstance(step, Pending)
-    return step.job_id
-
-
-async def look(upstream: Upstream, job_id: str) -> Done | Pending:
-    return await upstream.provider.poll(upstream.job(), job_id)
-
-
-async def failed_look(upstream: Upstream, job_id: str) -> ProviderError:
-    with pytest.raises(ProviderError) as caught:
-        await look(upstream, job_id)
-    return caught.value
+    return (await upstream.submitted(**changes)).job_id
 
 
 # --- what is sent ---
@@ -374,11 +357,11 @@ async def test_a_look_that_fails_says_nothing_of_the_task(
     async with task_upstream(tmp_path) as (upstream, simulator):
         job_id = await submitted(upstream)
         simulator.script(fault)
-        error = await failed_look(upstream, job_id)
+        error = await upstream.failed_look(job_id)
         assert (error.kind, error.billed) == (kind, MAYBE)
         assert not error.ended
         assert error.client_message is None
-        done = await look(upstream, job_id)
+        done = await upstream.look(job_id)
         assert isinstance(done, Done)
         close(done)
         assert len(simulator.purchases) == 1
@@ -391,7 +374,7 @@ async def test_a_look_whose_connection_breaks_is_a_failed_read(
         job_id = await submitted(upstream)
         # A kept connection that breaks is opened again below: only reads are.
         simulator.script(*[Fault("poll", close="reset")] * 2)
-        error = await failed_look(upstream, job_id)
+        error = await upstream.failed_look(job_id)
         assert (error.kind, error.billed, error.ended) == (K.TIMEOUT, MAYBE, False)
         assert len(simulator.purchases) == 1
 
@@ -402,8 +385,8 @@ async def test_states_may_go_backwards_and_have_other_words(tmp_path: Path) -> N
         job_id = await submitted(upstream)
         for word in words:
             simulator.script(Fault("poll", answer="state", body=word))
-            assert await look(upstream, job_id) == Pending(job_id, 1.5, 50)
-        done = await look(upstream, job_id)
+            assert await upstream.look(job_id) == Pending(job_id, 1.5, 50)
+        done = await upstream.look(job_id)
         assert isinstance(done, Done)
         close(done)
 
@@ -425,7 +408,7 @@ async def test_an_id_that_is_none_is_never_asked_for(
     job_id: str, tmp_path: Path
 ) -> None:
     async with task_upstream(tmp_path) as (upstream, simulator):
-        error = await failed_look(upstream, job_id)
+        error = await upstream.failed_look(job_id)
         assert (error.kind, error.billed) == (K.UNSUPPORTED, MAYBE)
         assert not simulator.requests
 
@@ -565,7 +548,7 @@ async def test_a_download_that_breaks_off_is_tried_again(tmp_path: Path) -> None
             Fault("download", close="mid_body"), Fault("download", status=503, body="")
         )
         job_id = await submitted(upstream)
-        done = await look(upstream, job_id)
+        done = await upstream.look(job_id)
         assert isinstance(done, Done)
         close(done)
 
@@ -587,12 +570,12 @@ async def test_a_picture_that_is_gone_is_lost_and_one_out_of_reach_is_not(
     async with task_upstream(tmp_path) as (upstream, simulator):
         job_id = await submitted(upstream)
         simulator.script(fault, fault, fault)
-        error = await failed_look(upstream, job_id)
+        error = await upstream.failed_look(job_id)
         assert (error.kind, error.billed) == (kind, YES)
         assert error.ended is (kind is K.RESULT_LOST)
         assert upstream.files() == 0
         # It is there again, and still the same purchase.
-        done = await look(upstream, job_id)
+        done = await upstream.look(job_id)
         assert isinstance(done, Done)
         close(done)
         assert len(simulator.purchases) == 1
@@ -669,7 +652,7 @@ async def test_a_cost_that_cannot_be_true_is_none(
     async with task_upstream(tmp_path) as (upstream, simulator):
         job_id = await submitted(upstream)
         simulator.tasks[job_id].more = told
-        done = await look(upstream, job_id)
+        done = await upstream.look(job_id)
         assert isinstance(done, Done)
     assert done.cost_nanousd == cost_nanousd
     close(done)
@@ -809,7 +792,7 @@ async def test_forks_of_new_api_are_understood(
         simulator.script(Fault(status=202, body=submission))
         assert await submitted(upstream) == "imgtask_0123"
         simulator.script(Fault("poll", status=200, body=told))
-        done = await look(upstream, "imgtask_0123")
+        done = await upstream.look("imgtask_0123")
         assert isinstance(done, Done)
         close(done)
 
@@ -828,7 +811,7 @@ async def test_paths_are_options(tmp_path: Path) -> None:
         simulator,
     ):
         assert (await upstream.failure()).kind is K.UNSUPPORTED
-        await failed_look(upstream, "task-1")
+        await upstream.failed_look("task-1")
     assert [seen.path for seen in simulator.requests] == [
         "/v1/images/generations/async",
         "/v1/image-tasks/task-1/state",
@@ -920,7 +903,7 @@ async def test_the_simulator_sells_once_per_key(tmp_path: Path) -> None:
         error = await upstream.failure(prompt="another")
         assert error.upstream_code == "idempotency_conflict"
         assert simulator.purchases[0].charge == "reserved"
-        done = await look(upstream, first)
+        done = await upstream.look(first)
         assert isinstance(done, Done)
         close(done)
         assert simulator.purchases[0].charge == "charged"

@@ -72,6 +72,26 @@ class Upstream:
             raise ProviderError(FailureKind.TIMEOUT, "the deadline passed") from None
         return step
 
+    async def submitted(self, **changes: Any) -> Pending:
+        """Start a job that does not end at once."""
+        step = await self.provider.start(self.job(**changes))
+        assert isinstance(step, Pending)
+        return step
+
+    async def look(self, job_id: str) -> Done | Pending:
+        return await self.provider.poll(self.job(), job_id)
+
+    async def failed_look(self, job_id: str) -> ProviderError:
+        with pytest.raises(ProviderError) as caught:
+            await self.look(job_id)
+        return caught.value
+
+    async def finished(self, step: Done | Pending) -> Done:
+        """Look again and again, until there are pictures."""
+        while isinstance(step, Pending):
+            step = await self.look(step.job_id)
+        return step
+
     async def failure(self, **changes: Any) -> ProviderError:
         with pytest.raises(ProviderError) as caught:
             await self.make(**changes)
@@ -149,6 +169,11 @@ def file_of(image: MadeImage) -> bytes:
     assert len(text) == image.payload.size_bytes
     image.payload.close()
     return base64.b64decode(text) if image.payload.encoding == "base64" else text
+
+
+def close(done: Done) -> None:
+    for made in done.images:
+        made.payload.close()
 
 
 def nobody_at() -> str:
