@@ -58,5 +58,9 @@ def streams(case: Case) -> bool:
     return case.capable.stream
 
 
+def downloads(case: Case) -> bool:
+    return case.file_step != ""
+
+
 each_provider = those(lambda _: True)
 each_failure = failures_of(lambda _: True)

@@ -94,6 +94,7 @@ FAL = Case(
     ),
     secret=KEY,
     look_step="status",
+    file_step="file",
     probe_step="status",
     wrong_options=[
         ({"nope": 1}, "nope"),

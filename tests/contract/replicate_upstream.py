@@ -107,6 +107,7 @@ REPLICATE = Case(
     ),
     secret=KEY,
     look_step="poll",
+    file_step="output",
     wrong_options=[
         ({"nope": 1}, "nope"),
         ({"wait_s": 61}, "wait_s"),

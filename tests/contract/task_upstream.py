@@ -84,6 +84,7 @@ TASK = Case(
     secret=KEY,
     bad_file=K.UNSUPPORTED,
     look_step="poll",
+    file_step="download",
     wrong_options=[
         ({"nope": 1}, "nope"),
         ({"dialect": "kie"}, "dialect"),

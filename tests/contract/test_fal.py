@@ -657,43 +657,6 @@ async def test_pictures_that_are_there_are_let_go_when_the_rest_is_given_up(
         assert upstream.files() == 0
 
 
-async def test_a_download_is_tried_again(tmp_path: Path) -> None:
-    async with fal_upstream(tmp_path) as (upstream, simulator):
-        simulator.script(
-            Fault(), Fault("file", status=503), Fault("file", close="mid_body")
-        )
-        done = await upstream.make()
-        assert file_of(done.images[0]) == png(64, 32)
-        assert not simulator.faults
-
-
-@pytest.mark.parametrize(
-    ("fault", "kind"),
-    [
-        (Fault("file", status=503), K.BAD_GATEWAY),
-        (Fault("file", status=429), K.BAD_GATEWAY),
-        (Fault("file", close="mid_body"), K.BAD_GATEWAY),
-        (Fault("file", status=403), K.RESULT_LOST),
-        (Fault("file", status=404), K.RESULT_LOST),
-        (Fault("file", status=410), K.RESULT_LOST),
-    ],
-    ids=str,
-)
-async def test_a_picture_that_is_gone_is_lost_and_one_out_of_reach_is_not(
-    fault: Fault, kind: FailureKind, tmp_path: Path
-) -> None:
-    async with fal_upstream(tmp_path) as (upstream, simulator):
-        step = await upstream.submitted()
-        simulator.script(fault, fault, fault)
-        error = await first_failure(upstream, step)
-        assert (error.kind, error.billed) == (kind, YES)
-        assert error.ended is (kind is K.RESULT_LOST)
-        assert upstream.files() == 0
-        # It is there again, and still the same purchase.
-        close(await upstream.finished(step))
-        assert len(simulator.purchases) == 1
-
-
 @pytest.mark.parametrize(
     ("link", "asked"),
     [

@@ -538,35 +538,6 @@ async def test_a_read_that_is_refused_says_nothing_of_the_prediction(
         assert simulator.billed == 1
 
 
-@pytest.mark.parametrize(
-    ("fault", "ended"),
-    [
-        (Fault(on="output", status=503), False),
-        (Fault(on="output", status=429), False),
-        (Fault(on="output", close="reset"), False),
-        (Fault(on="output", close="mid_body"), False),
-        (Fault(on="output", status=403), True),
-        (Fault(on="output", status=404), True),
-    ],
-    ids=str,
-)
-async def test_a_picture_that_is_gone_is_lost_and_one_out_of_reach_is_not(
-    fault: Fault, ended: bool, tmp_path: Path
-) -> None:
-    async with replicate_upstream(tmp_path) as (upstream, simulator):
-        simulator.script(Fault(), *times(fault, 3))
-        pending = await upstream.submitted()
-        with pytest.raises(ProviderError) as caught:
-            await upstream.finished(pending)
-        error = caught.value
-        kind = K.RESULT_LOST if ended else K.BAD_GATEWAY
-        assert (error.kind, error.billed, error.ended) == (kind, YES, ended)
-        assert upstream.files() == 0
-        # It is there again, and still the same purchase.
-        close(await upstream.finished(pending))
-        assert simulator.billed == 1
-
-
 @pytest.mark.parametrize("answer", ["backwards", "unknown_state"])
 async def test_states_may_go_backwards_or_be_new(answer: str, tmp_path: Path) -> None:
     async with replicate_upstream(tmp_path) as (upstream, simulator):

@@ -542,45 +542,6 @@ async def test_pictures_are_only_fetched_from_known_hosts(
     assert all("authorization" not in request.headers for request in seen)
 
 
-async def test_a_download_that_breaks_off_is_tried_again(tmp_path: Path) -> None:
-    async with task_upstream(tmp_path) as (upstream, simulator):
-        simulator.script(
-            Fault("download", close="mid_body"), Fault("download", status=503, body="")
-        )
-        job_id = await submitted(upstream)
-        done = await upstream.look(job_id)
-        assert isinstance(done, Done)
-        close(done)
-
-
-@pytest.mark.parametrize(
-    ("fault", "kind"),
-    [
-        (Fault("download", status=503), K.BAD_GATEWAY),
-        (Fault("download", status=429), K.BAD_GATEWAY),
-        (Fault("download", close="mid_body"), K.BAD_GATEWAY),
-        (Fault("download", status=403), K.RESULT_LOST),
-        (Fault("download", status=410), K.RESULT_LOST),
-    ],
-    ids=str,
-)
-async def test_a_picture_that_is_gone_is_lost_and_one_out_of_reach_is_not(
-    fault: Fault, kind: FailureKind, tmp_path: Path
-) -> None:
-    async with task_upstream(tmp_path) as (upstream, simulator):
-        job_id = await submitted(upstream)
-        simulator.script(fault, fault, fault)
-        error = await upstream.failed_look(job_id)
-        assert (error.kind, error.billed) == (kind, YES)
-        assert error.ended is (kind is K.RESULT_LOST)
-        assert upstream.files() == 0
-        # It is there again, and still the same purchase.
-        done = await upstream.look(job_id)
-        assert isinstance(done, Done)
-        close(done)
-        assert len(simulator.purchases) == 1
-
-
 async def test_a_picture_is_what_it_is_not_what_was_asked_for(tmp_path: Path) -> None:
     async with task_upstream(tmp_path) as (upstream, simulator):
         simulator.script(Fault(answer="other_picture"))

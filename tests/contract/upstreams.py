@@ -130,8 +130,9 @@ class Case:
     ``capable`` is what its capabilities must be. ``size_px`` is a size that it can
     make, ``auto_px`` what it makes when the size is left to it, ``counts_tokens``
     whether it reports a usage, ``secret`` what must never be shown. ``look_step`` is
-    what its simulator calls a look at a job, where jobs are left pending, and
-    ``probe_step`` what it calls a probe.
+    what its simulator calls a look at a job, where jobs are left pending,
+    ``file_step`` what it calls the fetching of a picture, where answers hold links,
+    and ``probe_step`` what it calls a probe.
     ``wrong_options`` are each refused by a message that names what is wrong.
     ``is_remote`` tells that there is a host and a credential. ``bad_file`` is what a
     reference that is no picture fails with: where files are uploaded before the job,
@@ -148,6 +149,7 @@ class Case:
     auto_px: tuple[int, int] = (1024, 1024)
     counts_tokens: bool = True
     look_step: str = ""
+    file_step: str = ""
     probe_step: str = "probe"
     wrong_options: Sequence[tuple[Mapping[str, object], str]] = ()
     is_remote: bool = True
