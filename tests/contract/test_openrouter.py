@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 from collections.abc import Mapping
@@ -12,12 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
-import respx
 
 from providers.kit.contract import (
     Billed,
     Capabilities,
-    Done,
     FailureKind,
     Operation,
     Usage,
@@ -31,6 +28,7 @@ from tests.contract.openrouter_upstream import (
     openrouter_error,
     openrouter_upstream,
 )
+from tests.contract.sending import request_of
 from tests.contract.upstreams import K, an_input, close, file_of, tools
 from tests.simulators.openrouter_server import KEY
 from tests.simulators.pictures import png
@@ -48,22 +46,9 @@ LARGE = png(64, 32, padding=4_000_000)
 async def sent(
     folder: Path, *, options: Mapping[str, object] | None = None, **changes: Any
 ) -> httpx.Request:
-    """Run a job against a router that answers anything, and return the request."""
-    body = {"data": [{"b64_json": base64.b64encode(png(64, 32)).decode()}]}
-    with respx.mock(assert_all_called=False) as router:
-        route = router.route(method="POST").respond(json=body)
-        transport = httpx.MockTransport(router.async_handler)
-        async with tools(folder, transport) as given:
-            account = an_account(
-                base_url="http://upstream.test/api/v1/", options=options or {}
-            )
-            provider = PROVIDERS["openrouter"](account, given)
-            done = await provider.start(a_job(**{"model": MODEL, **changes}))
-        assert isinstance(done, Done)
-        close(done)
-        assert route.call_count == 1
-        request: httpx.Request = route.calls[0].request
-        return request
+    account = an_account(base_url="http://upstream.test/api/v1/", options=options or {})
+    job = a_job(**{"model": MODEL, **changes})
+    return await request_of("openrouter", account, job, folder)
 
 
 async def test_a_plain_job_says_what_is_known_and_nothing_else(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import io
 import re
@@ -12,7 +11,6 @@ from typing import Any, Literal
 
 import httpx
 import pytest
-import respx
 from PIL import Image
 
 from providers.kit.contract import (
@@ -30,6 +28,7 @@ from providers.registry import PROVIDERS
 from tests.builders import a_job, an_account
 from tests.contract.cases import edits, failures_of, masks, those
 from tests.contract.openai_upstream import openai_upstream
+from tests.contract.sending import request_of
 from tests.contract.upstreams import Case, K, an_input, file_of, tools
 from tests.simulators.pictures import png
 from tests.simulators.server import Fault
@@ -231,18 +230,11 @@ async def test_a_reference_that_cannot_be_read_is_not_sent(
 
 
 async def sent(folder: Path, **changes: Any) -> list[tuple[str, str | None, bytes]]:
-    """Send an edit to a router that answers anything; name, file and content."""
-    answer = {"data": [{"b64_json": base64.b64encode(png(64, 32)).decode()}]}
-    options = changes.pop("options", {})
-    with respx.mock() as router:
-        route = router.post("http://upstream.test/v1/images/edits").respond(json=answer)
-        transport = httpx.MockTransport(router.async_handler)
-        async with tools(folder, transport) as given:
-            provider = PROVIDERS["openai"](an_account(options=options), given)
-            done = await provider.start(a_job(operation=EDIT, **changes))
-        assert isinstance(done, Done)
-        done.images[0].payload.close()
-        request: httpx.Request = route.calls[0].request
+    """Send an edit; returns name, file and content of each part."""
+    account = an_account(options=changes.pop("options", {}))
+    job = a_job(operation=EDIT, **changes)
+    request = await request_of("openai", account, job, folder)
+    assert str(request.url) == "http://upstream.test/v1/images/edits"
     length = int(request.headers["content-length"])
     assert length == len(request.content)
     assert "transfer-encoding" not in request.headers

@@ -32,6 +32,7 @@ from tests.builders import a_job, an_account
 from tests.contract.cases import CASES, each_failure, each_provider, remote, those
 from tests.contract.openai_upstream import openai_upstream
 from tests.contract.sandbox_upstream import connect_sandbox
+from tests.contract.sending import request_of
 from tests.contract.upstreams import Case, K, file_of, nobody_at, tools
 from tests.simulators.openai_server import KEY
 from tests.simulators.pictures import png
@@ -377,19 +378,8 @@ async def test_links_and_data_uris_are_pictures_too(
 async def sent(
     folder: Path, *, options: Mapping[str, object] | None = None, **changes: Any
 ) -> httpx.Request:
-    """Run a job against a router that answers anything, and return the request."""
-    body = {"data": [{"b64_json": base64.b64encode(png(64, 32)).decode()}]}
-    with respx.mock(assert_all_called=False) as router:
-        route = router.route(method="POST").respond(json=body)
-        transport = httpx.MockTransport(router.async_handler)
-        async with tools(folder, transport) as given:
-            account = an_account(options=options or {})
-            done = await PROVIDERS["openai"](account, given).start(a_job(**changes))
-        assert isinstance(done, Done)
-        done.images[0].payload.close()
-        assert route.call_count == 1
-        request: httpx.Request = route.calls[0].request
-        return request
+    account = an_account(options=options or {})
+    return await request_of("openai", account, a_job(**changes), folder)
 
 
 async def test_a_plain_job_says_what_is_known_and_nothing_else(tmp_path: Path) -> None:
