@@ -15,8 +15,8 @@ from tests.contract.upstreams import (
     alone,
     connected,
 )
-from tests.simulators.azure_server import KEY, AzureSimulator, serve_azure_simulator
-from tests.simulators.server import Fault
+from tests.simulators.azure_server import KEY, AzureSimulator
+from tests.simulators.server import Fault, served
 
 
 @asynccontextmanager
@@ -24,7 +24,7 @@ async def azure_upstream(
     folder: Path, *, secret: str = KEY, **options: object
 ) -> AsyncGenerator[tuple[Upstream, AzureSimulator], None]:
     async with (
-        serve_azure_simulator() as simulator,
+        served(AzureSimulator()) as simulator,
         connected(
             "azure",
             simulator,

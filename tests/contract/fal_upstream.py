@@ -16,8 +16,8 @@ from tests.contract.upstreams import (
     alone,
     connected,
 )
-from tests.simulators.fal_server import KEY, FalSimulator, serve_fal_simulator
-from tests.simulators.server import Fault
+from tests.simulators.fal_server import KEY, FalSimulator
+from tests.simulators.server import Fault, served
 
 MODEL = "openai/gpt-image-2"
 
@@ -27,7 +27,7 @@ async def fal_upstream(
     folder: Path, **options: object
 ) -> AsyncGenerator[tuple[Upstream, FalSimulator], None]:
     async with (
-        serve_fal_simulator() as simulator,
+        served(FalSimulator()) as simulator,
         connected(
             "fal",
             simulator,

@@ -15,8 +15,8 @@ from tests.contract.upstreams import (
     alone,
     connected,
 )
-from tests.simulators.openai_server import KEY, OpenAISimulator, serve_openai_simulator
-from tests.simulators.server import Fault
+from tests.simulators.openai_server import KEY, OpenAISimulator
+from tests.simulators.server import Fault, served
 
 
 @asynccontextmanager
@@ -24,7 +24,7 @@ async def openai_upstream(
     folder: Path, **options: object
 ) -> AsyncGenerator[tuple[Upstream, OpenAISimulator], None]:
     async with (
-        serve_openai_simulator() as simulator,
+        served(OpenAISimulator()) as simulator,
         connected(
             "openai",
             simulator,

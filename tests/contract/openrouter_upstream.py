@@ -19,9 +19,8 @@ from tests.contract.upstreams import (
 from tests.simulators.openrouter_server import (
     KEY,
     OpenRouterSimulator,
-    serve_openrouter_simulator,
 )
-from tests.simulators.server import Fault
+from tests.simulators.server import Fault, served
 
 MODEL = "openai/gpt-image-2"
 
@@ -31,7 +30,7 @@ async def openrouter_upstream(
     folder: Path, **options: object
 ) -> AsyncGenerator[tuple[Upstream, OpenRouterSimulator], None]:
     async with (
-        serve_openrouter_simulator() as simulator,
+        served(OpenRouterSimulator()) as simulator,
         connected(
             "openrouter",
             simulator,

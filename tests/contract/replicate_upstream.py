@@ -18,10 +18,9 @@ from tests.contract.upstreams import (
 from tests.simulators.replicate_server import (
     KEY,
     ReplicateSimulator,
-    serve_replicate_simulator,
     throttled,
 )
-from tests.simulators.server import Fault
+from tests.simulators.server import Fault, served
 
 MODEL = "openai/gpt-image-2"
 USUAL = {"model": MODEL, "width_px": 1024, "height_px": 1024}
@@ -32,7 +31,7 @@ async def replicate_upstream(
     folder: Path, **options: object
 ) -> AsyncGenerator[tuple[Upstream, ReplicateSimulator], None]:
     async with (
-        serve_replicate_simulator() as simulator,
+        served(ReplicateSimulator()) as simulator,
         connected(
             "replicate",
             simulator,

@@ -17,8 +17,8 @@ from tests.contract.upstreams import (
     alone,
     connected,
 )
-from tests.simulators.server import Fault
-from tests.simulators.task_server import KEY, TaskSimulator, serve_task_simulator
+from tests.simulators.server import Fault, served
+from tests.simulators.task_server import KEY, TaskSimulator
 
 USUAL = {"width_px": 1024, "height_px": 1024}
 
@@ -28,7 +28,7 @@ async def task_upstream(
     folder: Path, kind: type[TaskSimulator] = TaskSimulator, **options: object
 ) -> AsyncGenerator[tuple[Upstream, TaskSimulator], None]:
     async with (
-        serve_task_simulator(kind) as simulator,
+        served(kind()) as simulator,
         connected(
             "task_api",
             simulator,

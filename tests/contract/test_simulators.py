@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.simulators.cast import CAST, Part
-from tests.simulators.openai_server import KEY, OpenAISimulator, serve_openai_simulator
+from tests.simulators.openai_server import KEY, OpenAISimulator
 from tests.simulators.server import Fault, served
 
 PATH = "/v1/images/generations"
@@ -43,7 +43,7 @@ class Caller:
 
 @asynccontextmanager
 async def calling(percent: int = 100) -> AsyncGenerator[Caller, None]:
-    async with serve_openai_simulator() as simulator:
+    async with served(OpenAISimulator()) as simulator:
         simulator.percent = percent
         async with httpx.AsyncClient(base_url=simulator.origin, timeout=10) as client:
             yield Caller(simulator, client)

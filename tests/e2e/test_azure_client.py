@@ -24,9 +24,9 @@ from tests.simulators.azure_server import (
     KEY,
     TOKEN,
     AzureSimulator,
-    serve_azure_simulator,
 )
 from tests.simulators.pictures import png
+from tests.simulators.server import served
 
 VERSION = "2025-04-01-preview"
 PICTURE = ("fox.png", png(64, 32), "image/png")
@@ -58,7 +58,7 @@ def size_of(answer: ImagesResponse) -> tuple[int, int]:
 async def test_the_client_completes_a_generation_and_an_edit(
     credential: dict[str, str],
 ) -> None:
-    async with serve_azure_simulator(lenient=True) as simulator:
+    async with served(AzureSimulator(lenient=True)) as simulator:
         with client_of(simulator, **credential) as client:
             made = await asyncio.to_thread(
                 client.images.generate,
@@ -86,7 +86,7 @@ async def test_the_client_completes_a_generation_and_an_edit(
 
 
 async def test_the_client_reads_a_stream() -> None:
-    async with serve_azure_simulator(lenient=True) as simulator:
+    async with served(AzureSimulator(lenient=True)) as simulator:
         with client_of(simulator) as client:
 
             def watch() -> list[str]:
@@ -101,7 +101,7 @@ async def test_the_client_reads_a_stream() -> None:
 
 
 async def test_the_client_for_openai_reaches_the_v1_form_with_a_token() -> None:
-    async with serve_azure_simulator() as simulator:
+    async with served(AzureSimulator()) as simulator:
         with openai.OpenAI(
             base_url=f"{simulator.base_url}/openai/v1", api_key=TOKEN, max_retries=0
         ) as client:
@@ -115,7 +115,7 @@ async def test_the_client_for_openai_reaches_the_v1_form_with_a_token() -> None:
 
 
 async def test_the_client_knows_the_refusals() -> None:
-    async with serve_azure_simulator() as simulator:
+    async with served(AzureSimulator()) as simulator:
         with client_of(simulator) as client, client_of(simulator, api_key="x") as other:
             generate = client.images.generate
 

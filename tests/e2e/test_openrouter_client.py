@@ -15,10 +15,9 @@ import pytest
 from tests.simulators.openrouter_server import (
     KEY,
     OpenRouterSimulator,
-    serve_openrouter_simulator,
 )
 from tests.simulators.pictures import png
-from tests.simulators.server import Fault
+from tests.simulators.server import Fault, served
 
 openrouter: Any = pytest.importorskip("openrouter")
 
@@ -32,7 +31,7 @@ FOX = {
 
 @pytest.fixture
 async def simulator() -> AsyncIterator[OpenRouterSimulator]:
-    async with serve_openrouter_simulator() as simulator:
+    async with served(OpenRouterSimulator()) as simulator:
         yield simulator
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from tests.e2e.gateways import command
 from tests.simulators.fal_server import KEY as FAL_KEY
-from tests.simulators.fal_server import serve_fal_simulator
+from tests.simulators.fal_server import FalSimulator
 from tests.simulators.openai_server import KEY as OPENAI_KEY
-from tests.simulators.openai_server import serve_openai_simulator
+from tests.simulators.openai_server import OpenAISimulator
+from tests.simulators.server import served
 
 UPSTREAM = """
 [[upstream]]
@@ -27,7 +28,7 @@ cost = {{ per = "image", flat = 0.04 }}
 
 async def test_all_credentials_are_tested_and_nothing_is_bought(tmp_path: Path) -> None:
     config = tmp_path / "gateway.toml"
-    async with serve_openai_simulator() as openai, serve_fal_simulator() as fal:
+    async with served(OpenAISimulator()) as openai, served(FalSimulator()) as fal:
         config.write_text(
             UPSTREAM.format(
                 kind="openai", base_url=openai.base_url, credential="env:ONE"

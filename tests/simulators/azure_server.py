@@ -15,8 +15,6 @@ import asyncio
 import dataclasses
 import json
 import re
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +37,6 @@ from tests.simulators.server import (
     run_by_hand,
     scripted,
     send,
-    served,
 )
 
 KEY = "0123456789abcdef0123456789azure0"
@@ -82,6 +79,7 @@ class AzureSimulator(OpenAISimulator):
     ``tokens`` are the Entra tokens that hold.
     """
 
+    key: str = KEY
     lenient: bool = False
     blocked: bool = False
     tokens: set[str] = field(default_factory=lambda: {TOKEN})
@@ -157,15 +155,6 @@ class AzureSimulator(OpenAISimulator):
             self.tokens = set(told.get("tokens", self.tokens))
             return Reply.of_json(200, {})
         return super().steer(seen)
-
-
-@asynccontextmanager
-async def serve_azure_simulator(
-    *, key: str = KEY, port: int = 0, lenient: bool = False
-) -> AsyncGenerator[AzureSimulator, None]:
-    """Run a simulator on 127.0.0.1, on a free port unless one is given."""
-    async with served(AzureSimulator(key, lenient=lenient), port) as simulator:
-        yield simulator
 
 
 # --- what was asked ---

@@ -24,8 +24,7 @@ import json
 import re
 import zlib
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import ROUND_CEILING, Decimal
 from hashlib import sha256
@@ -49,7 +48,6 @@ from tests.simulators.server import (
     run_by_hand,
     scripted,
     send,
-    served,
 )
 
 KEY = "0f1e2d3c-simulated:4b5a69788796a5b4c3d2e1f0"
@@ -153,6 +151,7 @@ class Job:
 class FalSimulator(Simulator):
     """A running simulator, as tests see it."""
 
+    key: str = KEY
     busy: bool = False
     """Whether all runners are taken: jobs wait in the queue, unbilled."""
     shy: bool = False
@@ -356,15 +355,6 @@ class FalSimulator(Simulator):
         if job is None or index >= len(job.files):
             return Reply(404, b"", "text/plain")
         return job.files[index]
-
-
-@asynccontextmanager
-async def serve_fal_simulator(
-    *, key: str = KEY, port: int = 0, latency_s: float = 0.0
-) -> AsyncGenerator[FalSimulator, None]:
-    """Run a simulator on 127.0.0.1, on a free port unless one is given."""
-    async with served(FalSimulator(key, latency_s=latency_s), port) as simulator:
-        yield simulator
 
 
 # --- what was asked, and what is wrong with it ---

@@ -15,8 +15,7 @@ import base64
 import json
 import re
 import zlib
-from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -34,7 +33,6 @@ from tests.simulators.server import (
     run_by_hand,
     scripted,
     send,
-    served,
 )
 
 KEY = "sk-simulated-key-0123456789"
@@ -118,6 +116,7 @@ class OpenAISimulator(Simulator):
     ``lists_to_anybody`` is a relay that tells its models without a key.
     """
 
+    key: str = KEY
     lists_to_anybody: bool = False
 
     prefix = "/v1"
@@ -177,15 +176,6 @@ class OpenAISimulator(Simulator):
         return await deliver_events(
             writer, events_of(kind, asked, answer, fault, self), fault
         )
-
-
-@asynccontextmanager
-async def serve_openai_simulator(
-    *, key: str = KEY, port: int = 0, latency_s: float = 0.0
-) -> AsyncGenerator[OpenAISimulator, None]:
-    """Run a simulator on 127.0.0.1, on a free port unless one is given."""
-    async with served(OpenAISimulator(key, latency_s=latency_s), port) as simulator:
-        yield simulator
 
 
 # --- what was asked, and what is wrong with it ---

@@ -18,8 +18,7 @@ import hashlib
 import io
 import re
 import zlib
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -38,7 +37,6 @@ from tests.simulators.server import (
     run_by_hand,
     scripted,
     send,
-    served,
 )
 
 KEY = "sk-or-v1-simulated-0123456789abcdef"
@@ -108,6 +106,7 @@ class OpenRouterSimulator(Simulator):
     ``limit_left_usd`` is what the key may still spend; None: it has no limit.
     """
 
+    key: str = KEY
     limit_left_usd: float | None = 74.5
 
     prefix = "/api/v1"
@@ -162,16 +161,6 @@ class OpenRouterSimulator(Simulator):
         if not streams or fault.answer in NO_EVENTS:
             return await deliver(writer, spoil(answer, fault), fault)
         return await deliver_events(writer, events_of(asked, answer, fault), fault)
-
-
-@asynccontextmanager
-async def serve_openrouter_simulator(
-    *, key: str = KEY, port: int = 0, latency_s: float = 0.0
-) -> AsyncGenerator[OpenRouterSimulator, None]:
-    """Run a simulator on 127.0.0.1, on a free port unless one is given."""
-    made = OpenRouterSimulator(key, latency_s=latency_s)
-    async with served(made, port) as simulator:
-        yield simulator
 
 
 # --- what was asked, and what is wrong with it ---

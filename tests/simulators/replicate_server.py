@@ -20,8 +20,7 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -38,7 +37,6 @@ from tests.simulators.server import (
     run_by_hand,
     scripted,
     send,
-    served,
 )
 
 KEY = "r8_SimulatedTokenOfTheAccount0123456789"
@@ -155,6 +153,7 @@ class Job:
 class ReplicateSimulator(Simulator):
     """A running simulator, as tests see it."""
 
+    key: str = KEY
     jobs: dict[str, Job] = field(default_factory=dict)
     uploads: dict[str, Part] = field(default_factory=dict)
     contents: dict[str, bytes] = field(default_factory=dict)
@@ -409,16 +408,6 @@ class ReplicateSimulator(Simulator):
             "expires_at": "2026-11-26T00:00:00.000Z",
             "urls": {"get": f"{self.base_url}/files/{name}"},
         }
-
-
-@asynccontextmanager
-async def serve_replicate_simulator(
-    *, key: str = KEY, port: int = 0, latency_s: float = 0.0
-) -> AsyncGenerator[ReplicateSimulator, None]:
-    """Run a simulator on 127.0.0.1, on a free port unless one is given."""
-    simulator = ReplicateSimulator(key, latency_s=latency_s)
-    async with served(simulator, port):
-        yield simulator
 
 
 NOT_FOUND = "The requested resource could not be found."

@@ -26,8 +26,6 @@ import math
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
@@ -47,7 +45,6 @@ from tests.simulators.server import (
     run_by_hand,
     scripted,
     send,
-    served,
 )
 
 KEY = "sk-evo-simulated-key-0123456789"
@@ -142,6 +139,7 @@ class Task:
 class TaskSimulator(Simulator):
     """A running simulator, as tests see it."""
 
+    key: str = KEY
     tasks: dict[str, Task] = field(default_factory=dict)
     by_key: dict[str, Task] = field(default_factory=dict)
     files: dict[str, Part] = field(default_factory=dict)
@@ -500,19 +498,6 @@ class NewApiSimulator(TaskSimulator):
             "output_tokens": image * task.n,
             "total_tokens": (text + image) * task.n,
         }
-
-
-@asynccontextmanager
-async def serve_task_simulator(
-    kind: type[TaskSimulator] = TaskSimulator,
-    *,
-    key: str = KEY,
-    port: int = 0,
-    latency_s: float = 0.0,
-) -> AsyncGenerator[TaskSimulator, None]:
-    """Run a simulator on 127.0.0.1, on a free port unless one is given."""
-    async with served(kind(key, latency_s=latency_s), port) as simulator:
-        yield simulator
 
 
 def end(task: Task, fault: Fault) -> None:
