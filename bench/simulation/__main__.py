@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -79,25 +80,27 @@ STRETCHES = (
 )
 
 
-def played(stretch: Stretch, seed: int, days: float) -> Report:
-    """Simulate one stretch with one seed."""
-    return simulate(
-        years(
-            seed,
-            days * stretch.share_of_days,
-            stretch.upstreams,
-            patient=stretch.patient,
-            shared_share=stretch.shared_share,
-        )
+def played(
+    stretch: Stretch, seed: int, days: float, logs: Path | None = None
+) -> Report:
+    """Simulate one stretch with one seed; its events go to a file in ``logs``."""
+    scene = years(
+        seed,
+        days * stretch.share_of_days,
+        stretch.upstreams,
+        patient=stretch.patient,
+        shared_share=stretch.shared_share,
     )
+    name = re.sub("[^a-z0-9]+", "-", stretch.name.lower()).strip("-")
+    return simulate(scene, logs and logs / f"{name}-{seed}.log")
 
 
 def measure_years(
-    pool: ProcessPoolExecutor, seeds: Sequence[int], days: float
+    pool: ProcessPoolExecutor, seeds: Sequence[int], days: float, logs: Path | None
 ) -> list[Row]:
     """Play all stretches at once, and tell of each as soon as it is over."""
     futures = [
-        [pool.submit(played, stretch, seed, days) for seed in seeds]
+        [pool.submit(played, stretch, seed, days, logs) for seed in seeds]
         for stretch in STRETCHES
     ]
     rows = []
@@ -270,12 +273,15 @@ def main() -> None:
     options.add_argument("--first-seed", type=int, default=1)
     options.add_argument("--workers", type=int, default=os.cpu_count())
     options.add_argument("--plot", type=Path, default=PLOT)
+    options.add_argument("--logs", type=Path, help="folder for the events of each run")
     chosen = options.parse_args()
+    if chosen.logs is not None:
+        chosen.logs.mkdir(parents=True, exist_ok=True)
     begun_s = time.monotonic()
     seeds = range(chosen.first_seed, chosen.first_seed + chosen.seeds)
     with ProcessPoolExecutor(chosen.workers) as pool:
         curve = measure_hours(pool, chosen.first_seed)
-        rows = measure_years(pool, seeds, chosen.days)
+        rows = measure_years(pool, seeds, chosen.days, chosen.logs)
     draw(chosen.plot, rows, curve)
     print(f"\n{(time.monotonic() - begun_s) / 60:.0f} minutes; plot: {chosen.plot}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench.simulation.weather import Outage
@@ -27,7 +28,7 @@ class Log:
         self.rebuys = 0
         self.saved = 0
         self.bought_twice = 0
-        self.lines: list[str] | None = None
+        self.write: Callable[[str], object] | None = None
         self._clock = clock
         self._watch = watch
         self._buys: dict[str, int] = {}
@@ -57,8 +58,8 @@ class Log:
             line = f"{now_ms} {event}\n"
         self.count += 1
         self.hash.update(line.encode())
-        if self.lines is not None:
-            self.lines.append(line)
+        if self.write is not None:
+            self.write(line)
 
     def bought(self, task_id: str) -> None:
         """Note that an upstream charges for a task."""

@@ -11,7 +11,9 @@ import gc
 import math
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 from typing import Literal
 
@@ -147,11 +149,15 @@ class Report:
         return self.oracle_served / self.requests
 
 
-def simulate(scene: Scene) -> Report:
-    """Play a scene from beginning to end."""
+def simulate(scene: Scene, log: Path | None = None) -> Report:
+    """Play a scene from beginning to end; its events go to ``log``, a line each."""
     gc.set_threshold(GC_THRESHOLD, 50, 50)
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        return runner.run(World(scene).play())
+    with ExitStack() as stack:
+        runner = stack.enter_context(asyncio.Runner(loop_factory=VirtualTimeLoop))
+        world = World(scene)
+        if log is not None:
+            world.log.write = stack.enter_context(log.open("w")).write
+        return runner.run(world.play())
 
 
 class World:
