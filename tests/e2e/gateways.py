@@ -56,6 +56,13 @@ def command(*args: str, cwd: Path | None = None, **env: str) -> Answer:
     return Answer(done.returncode, done.stdout, done.stderr)
 
 
+def configured(folder: Path, config: str, **env: str) -> LiveGateway:
+    """Make a gateway in a folder, with a config and variables of its own."""
+    path = folder / "gateway.toml"
+    path.write_text(config)
+    return LiveGateway(folder / "data", config=path, env=env)
+
+
 @dataclass
 class LiveGateway:
     """A gateway process over one data folder; can be killed and started again."""

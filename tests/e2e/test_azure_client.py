@@ -7,7 +7,6 @@ import base64
 import hashlib
 import io
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ import pytest
 from openai.types import ImagesResponse
 from PIL import Image
 
-from tests.e2e.gateways import ROOT, LiveGateway
+from tests.e2e.gateways import configured
+from tests.e2e.guides import first_example
 from tests.e2e.openai_upstreams import running_server
 from tests.simulators.azure_server import (
     KEY,
@@ -151,14 +151,6 @@ def resource() -> Iterator[str]:
         yield base_url
 
 
-def example() -> str:
-    """Read the first TOML of the guide."""
-    guide = (ROOT / "docs/providers/azure.md").read_text()
-    found = re.search(r"```toml\n(.*?)```", guide, re.DOTALL)
-    assert found
-    return found[1]
-
-
 @pytest.mark.parametrize("source", ["credential", "token_file", "token_command"])
 def test_the_example_of_the_guide_runs(
     source: str, resource: str, tmp_path: Path
@@ -166,17 +158,15 @@ def test_the_example_of_the_guide_runs(
     kept = tmp_path / "token"
     kept.write_text(TOKEN)
     given = {"token_file": str(kept), "token_command": ["cat", str(kept)]}
-    written = example().replace("https://my-resource.openai.azure.com", resource)
+    told = "https://my-resource.openai.azure.com"
+    written = first_example("azure", told=told, at=resource)
     if source in given:
         lines = [line for line in written.splitlines() if "credential" not in line]
         written = "\n".join(lines).replace(
             "options = {", f"options = {{ {source} = {json.dumps(given[source])},"
         )
-    config = tmp_path / "gateway.toml"
-    config.write_text(written)
     before = len(bought(resource))
-    env = {"AZURE_OPENAI_API_KEY": KEY}
-    with LiveGateway(tmp_path / "data", config=config, env=env) as gateway:
+    with configured(tmp_path, written, AZURE_OPENAI_API_KEY=KEY) as gateway:
         key = gateway.tenant("azure", "1000")
         with openai.OpenAI(
             base_url=f"{gateway.url}/v1", api_key=key, max_retries=0

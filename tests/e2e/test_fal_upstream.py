@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.e2e.gateways import ROOT, LiveGateway
+from tests.e2e.gateways import LiveGateway, configured
+from tests.e2e.guides import first_example
 from tests.e2e.openai_upstreams import running_server
 from tests.simulators.fal_server import KEY
 from tests.simulators.pictures import png
@@ -31,9 +30,8 @@ def gateway(
     simulator: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveGateway]:
     folder = tmp_path_factory.mktemp("fal")
-    config = folder / "gateway.toml"
-    config.write_text(documented().replace("https://queue.fal.run", simulator))
-    with LiveGateway(folder / "data", config=config, env={"FAL_KEY": KEY}) as gateway:
+    config = first_example("fal", told="https://queue.fal.run", at=simulator)
+    with configured(folder, config, FAL_KEY=KEY) as gateway:
         yield gateway
 
 
@@ -41,13 +39,6 @@ def gateway(
 def client(gateway: LiveGateway) -> Iterator[httpx.Client]:
     with gateway.client(gateway.tenant("tenant")) as client:
         yield client
-
-
-def documented() -> str:
-    page = Path(ROOT, "docs", "providers", "fal.md").read_text()
-    found = re.search(r"```toml\n(.*?)```", page, re.DOTALL)
-    assert found
-    return found[1]
 
 
 def purchases(simulator: str) -> list[dict[str, object]]:

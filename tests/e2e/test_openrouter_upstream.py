@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.gateways import LiveGateway
+from tests.e2e.gateways import LiveGateway, configured
 from tests.e2e.openai_upstreams import running_server
 from tests.e2e.pictures import RED, file_of, opened
 from tests.simulators.openrouter_server import KEY
@@ -41,10 +41,8 @@ def gateway(
     base_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveGateway]:
     folder = tmp_path_factory.mktemp("openrouter")
-    config = folder / "gateway.toml"
-    config.write_text(CONFIG.format(base_url=base_url))
-    env = {"OPENROUTER_API_KEY": KEY}
-    with LiveGateway(folder / "data", config=config, env=env) as gateway:
+    config = CONFIG.format(base_url=base_url)
+    with configured(folder, config, OPENROUTER_API_KEY=KEY) as gateway:
         yield gateway
 
 

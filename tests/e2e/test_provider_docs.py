@@ -10,20 +10,14 @@ import pytest
 from gateway.app import checked_catalogue, read_settings
 from providers.registry import PROVIDERS
 from tests.e2e.gateways import ROOT
-
-GUIDES = sorted((ROOT / "docs" / "providers").glob("*.md"))
-
-
-def examples(guide: Path) -> str:
-    blocks = re.findall(r"```toml\n(.*?)```", guide.read_text(), re.DOTALL)
-    return "\n".join(block for block in blocks if "[[upstream]]" in block)
+from tests.e2e.guides import GUIDES, examples_of
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
 def test_every_example_of_an_upstream_is_a_good_config(
     guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = examples(guide)
+    text = "\n".join(examples_of(guide))
     for name in re.findall(r"env:(\w+)", text):
         monkeypatch.setenv(name, "a-secret")
     config = tmp_path / "gateway.toml"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,12 +11,12 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.e2e.gateways import ROOT, LiveGateway
+from tests.e2e.gateways import LiveGateway, configured
+from tests.e2e.guides import first_example
 from tests.e2e.openai_upstreams import SimulatedUpstream, running_server
 from tests.simulators.pictures import png
 from tests.simulators.replicate_server import KEY
 
-GUIDE = ROOT / "docs" / "providers" / "replicate.md"
 FOX = {"model": "gpt-image-2", "prompt": "a red fox", "size": "1536x1024", "n": 2}
 
 
@@ -32,13 +31,9 @@ def gateway(
     upstream: SimulatedUpstream, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveGateway]:
     folder = tmp_path_factory.mktemp("replicate")
-    config = folder / "gateway.toml"
-    example = re.search(r"```toml\n(.*?)```", GUIDE.read_text(), re.DOTALL)
-    assert example
-    told = example[1].replace("https://api.replicate.com/v1", upstream.base_url)
-    config.write_text(told)
-    env = {"REPLICATE_API_TOKEN": KEY}
-    with LiveGateway(folder / "data", config=config, env=env) as gateway:
+    told = "https://api.replicate.com/v1"
+    config = first_example("replicate", told=told, at=upstream.base_url)
+    with configured(folder, config, REPLICATE_API_TOKEN=KEY) as gateway:
         yield gateway
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.gateways import LiveGateway
+from tests.e2e.gateways import LiveGateway, configured
 from tests.e2e.openai_upstreams import running_server
 from tests.simulators.pictures import png
 from tests.simulators.task_server import KEY
@@ -48,10 +48,8 @@ def gateway(
     evolink: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveGateway]:
     folder = tmp_path_factory.mktemp("task")
-    config = folder / "gateway.toml"
-    config.write_text(CONFIG.format(base_url=evolink))
-    env = {"SIMULATED_KEY": KEY}
-    with LiveGateway(folder / "data", config=config, env=env) as gateway:
+    config = CONFIG.format(base_url=evolink)
+    with configured(folder, config, SIMULATED_KEY=KEY) as gateway:
         yield gateway
 
 
