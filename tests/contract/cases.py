@@ -58,6 +58,11 @@ def streams(case: Case) -> bool:
     return case.capable.stream
 
 
+def answers_with_pictures(case: Case) -> bool:
+    """Whether the upstream's answer to a job holds the pictures themselves."""
+    return case.is_remote and not downloads(case)
+
+
 def downloads(case: Case) -> bool:
     return case.file_step != ""
 

@@ -21,7 +21,6 @@ from providers.kit.contract import (
     ProviderError,
     Usage,
 )
-from providers.kit.spool import MEMORY_MAX_BYTES
 from providers.registry import PROVIDERS
 from tests.builders import a_job, an_account
 from tests.contract.azure_upstream import azure_error, azure_upstream
@@ -487,17 +486,6 @@ async def test_each_fault_has_its_kind(
         if isinstance(fault.body, dict):
             assert error.upstream_code == fault.body["error"]["code"]
         assert upstream.files() == 0
-
-
-async def test_an_upload_that_breaks_off_was_not_bought(tmp_path: Path) -> None:
-    async with azure_upstream(tmp_path) as (upstream, simulator):
-        large = png(64, 32, padding=8 * MEMORY_MAX_BYTES)
-        reference = an_input(upstream.spools, large)
-        simulator.script(Fault(close="mid_upload"))
-        error = await upstream.failure(operation=EDIT, references=(reference,))
-        assert (error.kind, error.billed) == (K.NETWORK, Billed.NO)
-        assert not simulator.purchases
-        reference.payload.close()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from providers.kit.contract import (
     Operation,
     Usage,
 )
-from providers.kit.spool import MEMORY_MAX_BYTES, SpoolFolder
+from providers.kit.spool import SpoolFolder
 from providers.openrouter import judged, nanousd_of, tokens_of
 from providers.registry import PROVIDERS
 from tests.builders import a_job, an_account
@@ -444,18 +444,6 @@ def test_what_does_not_fit_the_schema_is_for_others_unless_it_is_the_prompt(
     assert (error.kind, error.upstream_code) == (kind, "ZodError")
 
 
-async def test_an_upload_that_breaks_off_was_certainly_not_bought(
-    tmp_path: Path,
-) -> None:
-    async with openrouter_upstream(tmp_path) as (upstream, simulator):
-        reference = an_input(upstream.spools, LARGE * 4)
-        simulator.script(Fault(close="mid_upload"))
-        error = await upstream.failure(operation=EDIT, references=(reference,))
-        assert (error.kind, error.billed) == (K.NETWORK, NO)
-        assert not simulator.purchases
-        reference.payload.close()
-
-
 async def test_a_prompt_that_is_no_unicode_is_the_clients_fault(tmp_path: Path) -> None:
     async with openrouter_upstream(tmp_path) as (upstream, simulator):
         reference = an_input(upstream.spools, png(64, 32))
@@ -480,17 +468,6 @@ async def test_references_arrive_byte_for_byte(tmp_path: Path) -> None:
             one.payload.close()
     assert bought.references == tuple(hashlib.sha256(f).hexdigest() for f in files)
     close(done)
-
-
-async def test_a_large_picture_waits_in_a_file(tmp_path: Path) -> None:
-    async with openrouter_upstream(tmp_path) as (upstream, simulator):
-        simulator.script(Fault(answer="big"))
-        done = await upstream.make()
-        (made,) = done.images
-        assert made.payload.size_bytes > 12_000_000 > MEMORY_MAX_BYTES
-        assert upstream.files() == 1
-        assert len(file_of(made)) > 9_000_000
-        assert upstream.files() == 0
 
 
 async def test_a_picture_is_what_its_header_says(tmp_path: Path) -> None:

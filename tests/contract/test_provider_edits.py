@@ -26,7 +26,7 @@ from providers.kit.contract import (
 from providers.kit.spool import MEMORY_MAX_BYTES, SpoolFolder
 from providers.registry import PROVIDERS
 from tests.builders import a_job, an_account
-from tests.contract.cases import edits, failures_of, masks, those
+from tests.contract.cases import answers_with_pictures, edits, failures_of, masks, those
 from tests.contract.openai_upstream import openai_upstream
 from tests.contract.sending import request_of
 from tests.contract.upstreams import Case, K, an_input, file_of, tools
@@ -184,18 +184,20 @@ async def test_several_uploads_at_once_do_not_mix(tmp_path: Path) -> None:
         each.images[0].payload.close()
 
 
-# --- openai: what is said of an upload that breaks off ---
+# --- what is said of an upload that breaks off ---
 
 
+@those(answers_with_pictures)
 async def test_an_upload_that_breaks_off_was_certainly_not_bought(
-    tmp_path: Path,
+    case: Case, tmp_path: Path
 ) -> None:
-    async with openai_upstream(tmp_path) as (upstream, simulator):
+    async with case.connect(tmp_path) as upstream:
+        assert upstream.simulator is not None
         reference = an_input(upstream.spools, LARGE * 8)
-        simulator.script(Fault(close="mid_upload"))
+        upstream.simulator.script(Fault(close="mid_upload"))
         error = await upstream.failure(operation=EDIT, references=(reference,))
         assert (error.kind, error.billed) == (K.NETWORK, Billed.NO)
-        assert not simulator.purchases
+        assert upstream.purchases() == 0
         close(reference)
 
 

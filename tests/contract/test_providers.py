@@ -29,7 +29,14 @@ from providers.kit.contract import (
 from providers.kit.spool import MEMORY_MAX_BYTES
 from providers.registry import PROVIDERS
 from tests.builders import a_job, an_account
-from tests.contract.cases import CASES, each_failure, each_provider, remote, those
+from tests.contract.cases import (
+    CASES,
+    answers_with_pictures,
+    each_failure,
+    each_provider,
+    remote,
+    those,
+)
 from tests.contract.openai_upstream import openai_upstream
 from tests.contract.sandbox_upstream import connect_sandbox
 from tests.contract.sending import request_of
@@ -331,9 +338,11 @@ async def test_fewer_pictures_than_asked_for_are_still_delivered(
         made.payload.close()
 
 
-async def test_a_large_picture_waits_in_a_file(tmp_path: Path) -> None:
-    async with openai_upstream(tmp_path) as (upstream, simulator):
-        simulator.script(Fault(answer="big"))
+@those(answers_with_pictures)
+async def test_a_large_picture_waits_in_a_file(case: Case, tmp_path: Path) -> None:
+    async with case.connect(tmp_path) as upstream:
+        assert upstream.simulator is not None
+        upstream.simulator.script(Fault(answer="big"))
         done = await upstream.make()
         (made,) = done.images
         assert made.payload.size_bytes > 12_000_000 > MEMORY_MAX_BYTES
