@@ -206,9 +206,19 @@ class KeptInputs:
             await self.blobs.keep_file(f"{task_id}/{place}", file.payload)
 
     async def load(self, task_id: str, request: ImageRequest) -> Inputs:
-        """Bring what was kept back into spools."""
+        """Bring what was kept back into spools.
+
+        Raises:
+            InvalidRequestError: not all of it is kept any more.
+        """
         count = len(request.references) + (request.mask is not None)
-        loaded = [await self._load(f"{task_id}/{place}") for place in range(count)]
+        loaded: list[InputFile] = []
+        try:
+            for place in range(count):
+                loaded.append(await self._load(f"{task_id}/{place}"))  # noqa: PERF401 - those before are closed
+        except BaseException:
+            Inputs(tuple(loaded)).close()
+            raise
         if request.mask is None:
             return Inputs(tuple(loaded))
         return Inputs(tuple(loaded[:-1]), loaded[-1])

@@ -13,13 +13,14 @@ from PIL import Image
 
 from gateway.core.errors import GatewayError, InvalidRequestError, TooLargeError
 from gateway.core.requests import ImageRequest
-from gateway.flows.inputs import FETCHES_MAX_PER_REQUEST, Inputs, LoadInputs
+from gateway.flows.inputs import FETCHES_MAX_PER_REQUEST, Inputs, KeptInputs, LoadInputs
 from gateway.ports import FetcherBusyError, FetchRefusedError, StoredFile, WritableSpool
 from providers.kit.contract import Payload
-from providers.kit.spool import SpoolFolder
+from providers.kit.spool import MEMORY_MAX_BYTES, SpoolFolder
 from tests.fakes import FakePayload, MemoryBlobs
 from tests.flows.test_files import MemoryFiles
 from tests.flows.test_generate import VARIANT
+from tests.simulators.pictures import png
 from tests.virtual_time import LoopClock
 
 
@@ -266,3 +267,22 @@ async def test_a_file_over_50_mb_is_too_large(desk: Desk) -> None:
     big = FakePayload(picture() + bytes(50 * 1024 * 1024))
 
     assert isinstance(await desk.refusal("upload:0", brought=(big,)), TooLargeError)
+
+
+async def test_when_one_kept_picture_is_gone_the_spools_of_the_others_are_given_back(
+    tmp_path: Path,
+) -> None:
+    large = png(64, 32, padding=MEMORY_MAX_BYTES)  # so large that it takes a file
+    kept = KeptInputs(MemoryBlobs({"task-1/0": large}), SpoolFolder(tmp_path))
+    request = ImageRequest(
+        variant=VARIANT,
+        prompt="a fox",
+        size=None,
+        quality="low",
+        references=("kept:0", "kept:1"),
+    )
+
+    with pytest.raises(InvalidRequestError, match="not kept any more"):
+        await kept.load("task-1", request)
+
+    assert list(tmp_path.iterdir()) == []
