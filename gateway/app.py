@@ -270,6 +270,7 @@ def build_gateway(
         events=events,
         in_flight=lambda: runner.in_flight,
         memory_share=memory_gauge(),
+        drained=upstreams.drained,
     )
     metrics.watch_waiting(
         catalogue.variants, admission.waiting, lambda: admission.lag_ms

@@ -272,7 +272,7 @@ def main() -> None:
     options.add_argument("--seeds", type=int, default=SEEDS)
     options.add_argument("--first-seed", type=int, default=1)
     options.add_argument("--workers", type=int, default=os.cpu_count())
-    options.add_argument("--plot", type=Path, default=PLOT)
+    options.add_argument("--plot", type=Path, help=f"draw the figures, as in {PLOT}")
     options.add_argument("--logs", type=Path, help="folder for the events of each run")
     chosen = options.parse_args()
     if chosen.logs is not None:
@@ -282,8 +282,9 @@ def main() -> None:
     with ProcessPoolExecutor(chosen.workers) as pool:
         curve = measure_hours(pool, chosen.first_seed)
         rows = measure_years(pool, seeds, chosen.days, chosen.logs)
-    draw(chosen.plot, rows, curve)
-    print(f"\n{(time.monotonic() - begun_s) / 60:.0f} minutes; plot: {chosen.plot}")
+    if chosen.plot is not None:
+        draw(chosen.plot, rows, curve)
+    print(f"\n{(time.monotonic() - begun_s) / 60:.0f} minutes")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from random import Random
 from bench.simulation.weather import DAY_S, Climate, Outage, outages, together
 from bench.simulation.world import Place, Scene
 
-CENTS_NANOUSD = (2_000_000, 2_400_000, 3_000_000)
+PICTURE_NANOUSD = (2_000_000, 2_400_000, 3_000_000)
 """What a picture costs at the cheapest upstream, the next, the dearest: 0.2 to 0.3
 cents."""
 YEARS_RATE_PER_S = 0.05
@@ -34,7 +34,7 @@ def years(
         dice = Random(f"{seed} shared weather")
         shared = outages(Climate(share=shared_share), length_s, dice)
     places = []
-    for number, cost_nanousd in enumerate(CENTS_NANOUSD[:upstreams]):
+    for number, cost_nanousd in enumerate(PICTURE_NANOUSD[:upstreams]):
         dice = Random(f"{seed} weather {number}")
         weather = together(outages(own, length_s, dice), shared)
         places.append(Place(f"upstream-{number + 1}", cost_nanousd, weather))
@@ -44,5 +44,5 @@ def years(
         YEARS_RATE_PER_S,
         tuple(places),
         patient=patient,
-        spent_nanousd=round(YEARS_RATE_PER_S * DAY_S) * CENTS_NANOUSD[0],
+        spent_nanousd=round(YEARS_RATE_PER_S * DAY_S) * PICTURE_NANOUSD[0],
     )

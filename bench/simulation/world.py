@@ -236,7 +236,7 @@ class World:
             at_s += dice.expovariate(self.scene.rate_per_s)
 
     async def _client(self, number: int) -> None:
-        report, books = self.report, self.books
+        report = self.report
         task_id = f"task-unified-1-{number:08}"
         report.requests += 1
         possible, cost_nanousd = self.oracle.best(asyncio.get_running_loop().time())
@@ -246,12 +246,10 @@ class World:
         try:
             accepted = await self.generate.accept(task_id, REQUEST, KEY, later=later)
             assert isinstance(accepted, Accepted)
-            settled = books.settlements
             view = await self.generate.carry_out(accepted, links=False)
         except GatewayError as error:
             report.errors[error.code or str(error.status)] += 1
         else:
-            report.billed_twice += books.settlements < settled + 1
             report.served += 1
             report.answered_nanocredits += view.charged_nanocredits or 0
             report.cheapest_nanousd += self.scene.places[0].cost_nanousd

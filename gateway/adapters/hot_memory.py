@@ -194,6 +194,7 @@ class MemoryBoard:
             slots_free=_slots_free(route, now_ms),
             in_flight=credential.in_flight,
             usual_ms=record.usual_ms,
+            usual_is_old=now_ms - record.usual_at_ms > breaker.USUAL_FRESH_MS,
             cost_ratios=believed(record.ratios, now_ms),
             doubtful=record.bad_streak > 0 or state is BreakerState.HALF_OPEN,
         )

@@ -64,6 +64,7 @@ from gateway.flows.generate import (
     Once,
     Repeated,
     facts_of,
+    wish_of,
 )
 from gateway.flows.inputs import NO_INPUTS, Inputs, KeptInputs, LoadInputs
 from gateway.flows.keys import Authenticate
@@ -244,7 +245,7 @@ class Images:
         self.generate.check_route(request)
         if ask.delivery.mode is DeliveryMode.SYNC:
             place = await self.admission.enter(
-                key.tenant_id, request.variant.name, request.operation
+                key.tenant_id, request.variant.name, wish_of(request), request.routing
             )
             try:
                 return await self._sync(scope, key, asked, ask, place)

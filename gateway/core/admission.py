@@ -47,6 +47,11 @@ class Reason(Enum):
         """Whether the tenant's own requests are what is too many."""
         return self in {Reason.TENANT_SHARE, Reason.TENANT_WAIT}
 
+    @property
+    def by_process(self) -> bool:
+        """Whether the process is what cannot take more, whatever upstreams can."""
+        return self in {Reason.IN_FLIGHT, Reason.EVENT_LOOP_LAG, Reason.MEMORY}
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
@@ -158,8 +163,10 @@ def retry_after_s(wait_ms: float | None, fraction: float) -> int:
     ``fraction`` (0 to 1, by chance) spreads those that were refused together.
     """
     wait_s = RETRY_AFTER_DEFAULT_S if wait_ms is None else wait_ms / 1000
+    # What is over the most is spread below it: else all of these come back at once.
+    wait_s = min(wait_s, RETRY_AFTER_MAX_S / (1 + RETRY_SPREAD))
     spread = 1 + RETRY_SPREAD * (2 * fraction - 1)
-    return max(RETRY_AFTER_MIN_S, min(RETRY_AFTER_MAX_S, round(wait_s * spread)))
+    return max(RETRY_AFTER_MIN_S, round(wait_s * spread))
 
 
 def _without(counts: Mapping[str, int], tenant_id: str) -> Mapping[str, int]:

@@ -38,6 +38,7 @@ FUNDS_OPEN_MS = 300_000
 USUAL_WEIGHT = 0.03
 USUAL_WEIGHT_SLOW = 0.003
 """An outage that slows everything must not become the usual before it is seen."""
+USUAL_FRESH_MS = 600_000
 FAIR_MS = 180_000
 """A call that had so long counts against its upstream, whatever is usual there."""
 
@@ -138,6 +139,7 @@ class Record:
     paused_until_ms: int = 0
     forced_at_ms: int | None = None
     usual_ms: float | None = None
+    usual_at_ms: int = 0
     ratios: Ratios = ()
     reason: str = ""
 
@@ -158,6 +160,8 @@ class Health:
     slots_free: int = 1
     in_flight: int = 0
     usual_ms: float | None = None
+    usual_is_old: bool = False
+    """No call has ended well for so long that it may be quicker by now."""
     cost_ratios: Mapping[str, int] = field(default_factory=dict)
     doubtful: bool = False
 
@@ -384,6 +388,7 @@ def _after_good(
         bad_streak=0 if proof else record.bad_streak,
         last_good_started_ms=last_ms if slow else max(last_ms, flight.started_ms),
         usual_ms=_usual_ms(record.usual_ms, took_ms, slow=slow),
+        usual_at_ms=now_ms,
     )
     if outcome.sample is not None:
         noted = replace(noted, ratios=learned(record.ratios, outcome.sample, now_ms))
@@ -415,6 +420,6 @@ def _counted(
 def _usual_ms(old_ms: float | None, took_ms: int, *, slow: bool) -> float:
     # Blended by factors, not by differences: of lognormal times that is the median.
     if old_ms is None:
-        return took_ms
+        return min(took_ms, SLOW_AFTER_MS)  # one long job is no measure of others
     weight = USUAL_WEIGHT_SLOW if slow else USUAL_WEIGHT
     return old_ms * math.pow(took_ms / old_ms, weight)

@@ -344,6 +344,8 @@ def _judged(
 def _too_late(offer: Offer, health: Health, moment: Moment) -> str | None:
     if offer.sunset_on is not None and moment.today >= offer.sunset_on:
         return f"ended at this upstream on {offer.sunset_on}"
-    if health.usual_ms is not None and moment.left_ms < health.usual_ms:
+    # What is never tried could not show that it has become quicker.
+    usual_ms = None if health.usual_is_old else health.usual_ms
+    if usual_ms is not None and moment.left_ms < usual_ms:
         return "usually takes longer than the time left"
     return None

@@ -7,12 +7,12 @@ settlements, webhooks, health and admin routes are never asked to wait or refuse
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from gateway.core import admission, pressure
 from gateway.core.admission import Crowd, Reason, Refusal
-from gateway.core.catalogue import Catalogue
+from gateway.core.catalogue import Catalogue, Offer
 from gateway.core.errors import (
     GatewayError,
     RateLimitedError,
@@ -20,6 +20,7 @@ from gateway.core.errors import (
 )
 from gateway.core.events import PressureChanged, RequestShed
 from gateway.core.pressure import Bounds, Pressure
+from gateway.core.routing import NO_PREFERENCES, Preferences, Wish, cannot
 from gateway.flows.line import Line, Place
 from gateway.ports import Chance, Clock, Events, HealthBoard
 from providers.kit.contract import Operation
@@ -49,6 +50,7 @@ class Admission:
     events: Events
     in_flight: Callable[[], int]
     memory_share: Callable[[], float] = lambda: 0.0
+    drained: Callable[[], frozenset[str]] = frozenset
     lag_ms: float = 0.0
     _rooms: dict[str, Counter[str]] = field(default_factory=dict)
     _pressures: dict[Reason, Pressure] = field(default_factory=dict)
@@ -64,8 +66,6 @@ class Admission:
         Raises:
             ServiceUnavailableError: it is.
         """
-        if self.in_flight() >= admission.IN_FLIGHT_MAX_REQUESTS:
-            raise self._shed(variant, tenant_id, Refusal(Reason.IN_FLIGHT))
         for reason, state in self._pressures.items():
             if state.on:
                 raise self._shed(variant, tenant_id, Refusal(reason))
@@ -77,26 +77,39 @@ class Admission:
             RateLimitedError: the tenant has as many waiting as it may.
             ServiceUnavailableError: as many wait as may, or the process is overloaded.
         """
-        self.check_new(ANY_VARIANT, tenant_id)
+        self._check_sync(ANY_VARIANT, tenant_id)
         refusal = None
         for variant, offers in self.catalogue.offers.items():
-            if not offers:
+            able = [o for o in offers if operation in o.capabilities.operations]
+            if not able:
                 continue
-            refusal = await self._refusal(tenant_id, variant, operation)
+            refusal = await self._refusal(tenant_id, variant, operation, able)
             if refusal is None:
                 return
         if refusal is not None:
             raise self._shed(ANY_VARIANT, tenant_id, refusal)
 
-    async def enter(self, tenant_id: str, variant: str, operation: Operation) -> Place:
+    async def enter(
+        self,
+        tenant_id: str,
+        variant: str,
+        wish: Wish,
+        preferences: Preferences = NO_PREFERENCES,
+    ) -> Place:
         """Let a sync request in; its place is given back by ``line.leave``.
 
         Raises:
             RateLimitedError: the tenant has as many waiting as it may.
             ServiceUnavailableError: as many wait as may, or the process is overloaded.
         """
-        self.check_new(variant, tenant_id)
-        refusal = await self._refusal(tenant_id, variant, operation)
+        self._check_sync(variant, tenant_id)
+        able = [
+            offer
+            for offer in self.catalogue.offers.get(variant, ())
+            if cannot(offer.capabilities, wish) is None
+            and preferences.leaves_out(offer) is None
+        ]
+        refusal = await self._refusal(tenant_id, variant, wish.operation, able)
         if refusal is not None:
             raise self._shed(variant, tenant_id, refusal)
         room = self._rooms.setdefault(variant, Counter())
@@ -127,10 +140,17 @@ class Admission:
         if state.on is not before.on:
             self.events.emit(PressureChanged(reason.value, state.on, value))
 
+    def _check_sync(self, variant: str, tenant_id: str) -> None:
+        self.check_new(variant, tenant_id)
+        if self.in_flight() >= admission.IN_FLIGHT_MAX_REQUESTS:
+            raise self._shed(variant, tenant_id, Refusal(Reason.IN_FLIGHT))
+
     async def _refusal(
-        self, tenant_id: str, variant: str, operation: Operation
+        self, tenant_id: str, variant: str, operation: Operation, able: Sequence[Offer]
     ) -> Refusal | None:
-        offers = self.catalogue.offers.get(variant, ())
+        # Slots that the request cannot use are none to it.
+        drained = self.drained()
+        offers = [offer for offer in able if offer.upstream not in drained]
         upstreams = {offer.upstream for offer in offers}
         healths = await self.board.read([offer.id for offer in offers], operation)
         crowd = Crowd(
@@ -169,6 +189,13 @@ def shed_error(reason: Reason, retry_after_s: int) -> GatewayError:
             "You have as many requests waiting as you may. You were not charged. Try "
             "again after the time in Retry-After, or send fewer at once: with "
             "'Prefer: respond-async' they are queued as tasks.",
+            retry_after_s=retry_after_s,
+        )
+    if reason.by_process:
+        return ServiceUnavailableError(
+            "The gateway itself has too much to do. You were not charged. Try again "
+            "after the time in Retry-After.",
+            code="overloaded",
             retry_after_s=retry_after_s,
         )
     return ServiceUnavailableError(

@@ -323,10 +323,13 @@ class Calls:
     async def _in_time(self, call: Call, progress: Progress) -> Done:
         # The deadline is kept here, outside any HTTP client: a server that drips
         # satisfies every timeout of a client for ever.
+        limit = asyncio.timeout_at(self._limit_s(call, progress))
         try:
-            async with asyncio.timeout_at(self._limit_s(call, progress)) as limit:
+            async with limit:
                 return await self._worked_off(call, progress, limit)
         except TimeoutError:
+            if not limit.expired():
+                raise  # of the adapter's own making
             progress.given_up = True
             error = ProviderError(FailureKind.TIMEOUT, "no answer in time")
         except ProviderError as failed:

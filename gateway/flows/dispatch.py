@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from gateway.core import limits, routing
 from gateway.core.breaker import Outcome
 from gateway.core.catalogue import Offer, PerImage
-from gateway.core.errors import ServiceUnavailableError
+from gateway.core.errors import GatewayError, ServiceUnavailableError
 from gateway.core.money import decimal_text
 from gateway.core.pricing import REPORTED
 from gateway.core.ratios import Sample, tier_of
@@ -20,7 +20,7 @@ from gateway.core.routing import (
     Moment,
     Next,
 )
-from gateway.core.tasks import STOPPED, AttemptState
+from gateway.core.tasks import STOPPED, AttemptState, FencedError
 from gateway.flows.calls import (
     ANSWER_RESERVE_MS,
     Call,
@@ -67,6 +67,7 @@ OUTAGES = frozenset(
     }
 )
 """Failures that say nothing of the request, and may be over in a while."""
+UNUSED = Outcome(cancelled=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,8 @@ class Purchase:
     """Of the last round: what may have been bought, so that the next buys it again."""
     stands_by: bool = False
     """Whether another offer could be tried if the present round fails."""
+    broken: bool = False
+    """The store failed for a call beside one that delivered: nothing more is bought."""
 
     @property
     def images(self) -> tuple[MadeImage, ...]:
@@ -164,7 +167,7 @@ class Dispatcher:
         return purchase
 
     async def _fill(self, order: Order, purchase: Purchase, tried: set[str]) -> None:
-        while purchase.missing:
+        while purchase.missing and not purchase.broken:
             chosen, goes_on = None, False
             if len(tried) < order.preferences.attempts_max:
                 chosen = await self._choose(order, purchase, frozenset(tried))
@@ -222,12 +225,13 @@ class Dispatcher:
                 left.append(self._taken_up(order, offer, attempt))
             elif (failure := _failure_of(offer, attempt)) is not None:
                 purchase.failures.append(failure)
-        results = await _all_of(left)
+        results = await self._all_of(purchase, left)
         purchase.lots.extend(r for r in results if isinstance(r, Lot))
         purchase.failures.extend(r for r in results if isinstance(r, Failure))
         made = sum(len(lot.done.images) for lot in purchase.lots)
         purchase.missing = max(0, purchase.missing - made)
-        if any(_rule(failure) is Next.NEVER for failure in purchase.failures):
+        never = any(_rule(failure) is Next.NEVER for failure in purchase.failures)
+        if never or purchase.broken:
             return False
         latest = [f for f in purchase.failures if f.offer.id == last]
         return await self._goes_on(purchase, latest)
@@ -249,15 +253,22 @@ class Dispatcher:
         if permit is not None:
             assert order.place is not None
             self.line.took(order.place, offer.upstream)
-        outcome = Outcome(cancelled=True)
+        outcome = UNUSED
         try:
             result = await self.calls.carry(call, Progress(attempt.job_id))
             outcome = _outcome_of(result, call)
         finally:
             if permit is not None:
-                await self.board.report(permit, outcome)
-                self.line.gave_back(order.tenant_id, offer.upstream)
+                await self._give_back(order, offer, permit, outcome)
         return result
+
+    async def _give_back(
+        self, order: Order, offer: Offer, permit: Permit, outcome: Outcome
+    ) -> None:
+        try:
+            await self.board.report(permit, outcome)
+        finally:
+            self.line.gave_back(order.tenant_id, offer.upstream)
 
     def _call_of(self, order: Order, offer: Offer, attempt: AttemptRecord) -> Call:
         return Call(
@@ -289,25 +300,28 @@ class Dispatcher:
             if chosen is not None:
                 purchase.stands_by = _stands_by(purchase, decision, chosen[0], tried)
                 return chosen
-            full = {c.offer.upstream for c in decision.left_out if c.waits}
-            full |= {c.offer.upstream for c in decision.ranked}
+            full = {c.offer.id for c in decision.left_out if c.waits}
+            full |= {c.offer.id for c in decision.ranked}
             if full:
                 if not await self._stood(order, purchase, full, left_ms):
                     return None
             elif order.patient and decision.may_return:
+                assert order.place is not None
+                self.line.pass_on(order.place)
                 await self.clock.sleep(min(PATIENT_LOOK_S, left_ms / 1000))
             else:
                 return None
 
     async def _stood(
-        self, order: Order, purchase: Purchase, upstreams: set[str], left_ms: int
+        self, order: Order, purchase: Purchase, offer_ids: set[str], left_ms: int
     ) -> bool:
         # What was tried already has waited for its turn: only its deadline counts.
         place = order.place
         assert place is not None
         if place.until_ms is not None and not purchase.attempts:
             left_ms = min(left_ms, place.until_ms - self.clock.monotonic_ms())
-        called = await self.line.stand(place, upstreams, max(0, left_ms) / 1000)
+        wants = [(offer_id, order.wish.operation) for offer_id in offer_ids]
+        called = await self.line.stand(place, wants, max(0, left_ms) / 1000)
         purchase.waited_out = not called
         return called
 
@@ -318,13 +332,15 @@ class Dispatcher:
         assert place is not None
         for candidate in decision.ranked:
             upstream = candidate.offer.upstream
-            if place.called_to is None and self.line.wanted(upstream):
+            want = candidate.offer.id, operation
+            if place.called_to != upstream and self.line.wanted(want):
                 continue  # others have waited for it
-            permit = await self.board.admit(candidate.offer.id, operation)
+            permit = await self.board.admit(*want)
             if permit is not None:
                 self.line.took(place, upstream)
                 return candidate.offer, permit
-        if decision.ranked or not first or any(c.waits for c in decision.left_out):
+        waits = decision.ranked or any(c.waits for c in decision.left_out)
+        if waits or not first or order.patient:
             return None
         # Every breaker is open: the cheapest gets the one try that is allowed.
         shut = [c for c in decision.left_out if c.shut]
@@ -406,8 +422,7 @@ class Dispatcher:
             allowed = await self.store.rebuy(rebuy, since_ms)
         finally:
             if not allowed:
-                await self.board.report(permit, Outcome(cancelled=True))
-                self.line.gave_back(order.tenant_id, offer.upstream)
+                await self._give_back(order, offer, permit, UNUSED)
         unknown.clear()
         return (offer, permit) if allowed else None
 
@@ -417,11 +432,10 @@ class Dispatcher:
         # Tells what failed, and whether a call delivered fewer than it was asked for.
         per_call = offer.capabilities.n_max
         wanted = purchase.missing
-        first = self._attempt(order, purchase, offer, min(per_call, wanted), permit)
         if wanted <= per_call:
-            results = [await first]
+            results = [await self._attempt(order, purchase, offer, wanted, permit, {})]
         else:
-            results = await self._at_once(order, purchase, offer, first)
+            results = await self._at_once(order, purchase, offer, permit)
         lots = [result for result in results if isinstance(result, Lot)]
         failed = [result for result in results if isinstance(result, Failure)]
         purchase.lots.extend(lots)
@@ -431,27 +445,50 @@ class Dispatcher:
         return failed, any(lot.short for lot in lots)
 
     async def _at_once(
-        self,
-        order: Order,
-        purchase: Purchase,
-        offer: Offer,
-        first: Coroutine[object, object, Lot | Failure],
+        self, order: Order, purchase: Purchase, offer: Offer, permit: Permit
     ) -> list[Lot | Failure]:
         # As many calls beside the first as there are slots; the rest stays missing and
         # is bought in the next round, here again if nothing went wrong.
-        per_call = offer.capabilities.n_max
-        calls = [first]
+        per_call, want = offer.capabilities.n_max, (offer.id, order.wish.operation)
         assert order.place is not None
-        for done in range(per_call, purchase.missing, per_call):
-            if self.line.wanted(offer.upstream):
-                break  # the rest stands in line like everybody else
-            permit = await self.board.admit(offer.id, order.wish.operation)
-            if permit is None:
-                break
-            self.line.took(order.place, offer.upstream)
-            n = min(per_call, purchase.missing - done)
-            calls.append(self._attempt(order, purchase, offer, n, permit))
-        return await _all_of(calls)
+        shares = [(permit, min(per_call, purchase.missing))]
+        held = {permit.id: permit}
+        try:
+            for done in range(per_call, purchase.missing, per_call):
+                if self.line.wanted(want):
+                    break  # the rest stands in line like everybody else
+                more = await self.board.admit(*want)
+                if more is None:
+                    break
+                self.line.took(order.place, offer.upstream)
+                held[more.id] = more
+                shares.append((more, min(per_call, purchase.missing - done)))
+            calls = [
+                self._attempt(order, purchase, offer, n, each, held)
+                for each, n in shares
+            ]
+            return await self._all_of(purchase, calls)
+        finally:
+            for unused in held.values():
+                await self._give_back(order, offer, unused, UNUSED)
+
+    async def _all_of(
+        self,
+        purchase: Purchase,
+        calls: Sequence[Coroutine[object, object, Lot | Failure]],
+    ) -> list[Lot | Failure]:
+        # Waits for all: what one delivered is not lost because another one broke. That
+        # one may have been bought, so that nothing is bought after it.
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        delivered = [r for r in results if isinstance(r, Lot | Failure)]
+        broken = [r for r in results if isinstance(r, BaseException)]
+        if broken and not any(isinstance(r, Lot) for r in delivered):
+            raise broken[0]
+        purchase.broken = purchase.broken or bool(broken)
+        for error in broken:
+            if not isinstance(error, GatewayError | FencedError):
+                self.crashed(error, "a call beside one that delivered")
+        return delivered
 
     async def _attempt(
         self,
@@ -460,38 +497,29 @@ class Dispatcher:
         offer: Offer,
         n: int,
         permit: Permit,
+        held: dict[int, Permit],
     ) -> Lot | Failure:
+        # ``held`` are permits of calls that have not begun: whoever made them keeps
+        # account of these.
+        held.pop(permit.id, None)
         purchase.attempts += 1
-        call = Call(
-            order=order,
-            offer=offer,
-            seq=purchase.attempts,
-            job=job_at(offer, order.job, n, purchase.attempts),
-            estimate_nanousd=order.cost_nanousd(offer, n) or 0,
-            started_ms=self.clock.now_ms(),
-            started_mono_ms=self.clock.monotonic_ms(),
-            stands_by=purchase.stands_by,
-        )
-        outcome = Outcome(cancelled=True)
+        outcome = UNUSED
         try:
+            call = Call(
+                order=order,
+                offer=offer,
+                seq=purchase.attempts,
+                job=job_at(offer, order.job, n, purchase.attempts),
+                estimate_nanousd=order.cost_nanousd(offer, n) or 0,
+                started_ms=self.clock.now_ms(),
+                started_mono_ms=self.clock.monotonic_ms(),
+                stands_by=purchase.stands_by,
+            )
             result = await self.calls.make(call, _route_json(call, purchase.decision))
             outcome = _outcome_of(result, call)
         finally:
-            await self.board.report(permit, outcome)
-            self.line.gave_back(order.tenant_id, offer.upstream)
+            await self._give_back(order, offer, permit, outcome)
         return result
-
-
-async def _all_of(
-    calls: Sequence[Coroutine[object, object, Lot | Failure]],
-) -> list[Lot | Failure]:
-    # Waits for all of them: what one delivered is not lost because another one broke.
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    delivered = [r for r in results if isinstance(r, Lot | Failure)]
-    broken = [r for r in results if isinstance(r, BaseException)]
-    if broken and not any(isinstance(r, Lot) for r in delivered):
-        raise broken[0]
-    return delivered
 
 
 def _stands_by(

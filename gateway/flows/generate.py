@@ -304,7 +304,8 @@ class Generate:
             raise
         if not purchase.lots:
             refusal = self._explained(_client_error(purchase), purchase)
-            if purchase.waited_out and not purchase.failures:
+            is_sync = accepted.task.mode is DeliveryMode.SYNC
+            if is_sync and purchase.waited_out and not purchase.failures:
                 refusal = self._waited_out(accepted)
             if isinstance(refusal, ServiceUnavailableError):
                 refusal.extra = self._other_variant(accepted.request)
@@ -368,7 +369,8 @@ class Generate:
             finished_ms=self.clock.now_ms(),
             error_json=json.dumps(task_error(error)),
             route_json=_route_json(purchase),
-            forget_key=error.status in MAY_TRY_AGAIN and not _maybe_bought(purchase),
+            forget_key=error.status in MAY_TRY_AGAIN
+            and not _maybe_bought(purchase, error),
             fence=accepted.fence,
             attempts=tuple(
                 replace(lot.end, won=False)
@@ -589,11 +591,13 @@ def wish_of(request: ImageRequest) -> Wish:
     )
 
 
-def _maybe_bought(purchase: Purchase | None) -> bool:
-    # Then the same key must not buy again.
-    return purchase is not None and (
-        bool(purchase.lots)
-        or any(failure.error.billed is not Billed.NO for failure in purchase.failures)
+def _maybe_bought(purchase: Purchase | None, error: GatewayError) -> bool:
+    # Then the same key must not buy again. Where nobody can tell what was bought, the
+    # error says whether a call was made.
+    if purchase is None:
+        return error.client_may_retry is False
+    return bool(purchase.lots) or any(
+        failure.error.billed is not Billed.NO for failure in purchase.failures
     )
 
 

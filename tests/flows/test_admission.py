@@ -14,7 +14,7 @@ from gateway.flows.admission import ANY_VARIANT, Admission
 from gateway.flows.line import Place
 from providers.kit.contract import Operation
 from tests.fakes import FakeChance, ScriptedProvider, delivered
-from tests.flows.stories import Shop
+from tests.flows.stories import Shop, a_wish
 
 VARIANT = "gpt-image-2"
 HALF = admission.ROOM_MAX_REQUESTS // 2
@@ -49,7 +49,7 @@ class Door:
             pass
 
     async def enter(self, tenant: str = "a") -> Place:
-        return await self.admission.enter(tenant, VARIANT, Operation.GENERATE)
+        return await self.admission.enter(tenant, VARIANT, a_wish())
 
     async def enter_many(self, count: int, tenant: str = "a") -> list[Place]:
         return [await self.enter(tenant) for _ in range(count)]
@@ -72,8 +72,8 @@ async def test_a_tenant_with_half_of_the_room_is_told_to_come_back_later() -> No
     with pytest.raises(RateLimitedError) as refused:
         await door.enter()
 
-    # 251 waiting, ten a second: 25 s, by this chance without any spread
-    assert refused.value.retry_after_s == 25
+    # 251 waiting, ten a second: 25 s, which leaves less than a fourth of it to 30 s
+    assert refused.value.retry_after_s == 24
     assert refused.value.code == "rate_limit_exceeded"
     assert door.sheds() == [(VARIANT, "tenant_share")]
     assert door.admission.waiting(VARIANT) == HALF
@@ -92,7 +92,7 @@ async def test_who_would_wait_over_a_minute_is_refused_at_once() -> None:
         await door.enter("late")
 
     assert refused.value.code == "overloaded"
-    assert refused.value.retry_after_s == 30
+    assert refused.value.retry_after_s == 24
     assert refused.value.client_may_retry is None
     assert door.sheds() == [(VARIANT, "wait_too_long")]
     door.admission.line.leave(others[0])

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 from gateway.core import admission
 from gateway.core.breaker import Outcome
 from gateway.flows.dispatch import Purchase
-from providers.kit.contract import Done, ImageJob, Operation
+from gateway.flows.line import Place
+from providers.kit.contract import Done, FailureKind, ImageJob, Operation
 from tests.fakes import ScriptedProvider, delivered
 from tests.flows.stories import Shop
 
 CALL_S = 10.0
+WANT = ("only/gpt-image-2", Operation.GENERATE)
 
 
 @dataclass
@@ -92,7 +94,7 @@ async def test_requests_of_one_tenant_are_served_in_the_order_of_their_arrival()
 
     assert done == sorted(done)
     assert not line.running
-    assert not line.wanted("only")
+    assert not line.wanted(WANT)
 
 
 async def test_nobody_who_comes_later_takes_the_slot_of_one_that_waits() -> None:
@@ -160,7 +162,7 @@ async def test_slots_that_come_back_by_themselves_are_found_within_a_second() ->
     line = counter.shop.dispatcher.line
     place = line.place("a")
 
-    assert await line.stand(place, ["only"], 60)
+    assert await line.stand(place, [WANT], 60)
 
     assert place.looks
     assert counter.shop.clock.monotonic_ms() <= 1_000
@@ -177,3 +179,84 @@ async def test_the_room_is_left_with_the_first_slot() -> None:
     line.leave(place)
     assert left == [1]
     assert admission.turn_of("a", line.running, {})[0] == 1
+
+
+async def test_who_cannot_use_a_slot_does_not_keep_it_from_others() -> None:
+    # One upstream, two variants. The first is just back: it takes no more calls yet.
+    provider = ScriptedProvider(delivered())
+    shop = Shop({"only": provider}, slots=20)
+    returning, other = shop.offers[0].id, "only/other-variant"
+    line, board = shop.dispatcher.line, shop.board
+    for _ in range(5):
+        permit = await board.admit(returning, Operation.GENERATE)
+        assert permit is not None
+        await board.report(permit, Outcome(kind=FailureKind.OVERLOADED))
+    await shop.clock.sleep(20)
+    for _ in range(2):  # two good probes close it
+        permit = await board.admit(returning, Operation.GENERATE)
+        assert permit is not None
+        await board.report(permit, Outcome())
+    busy = [await board.admit(returning, Operation.GENERATE) for _ in range(2)]
+    assert None not in busy
+
+    waiting = asyncio.create_task(shop.buy())
+    await shop.clock.sleep(2)
+    assert line.wanted((returning, Operation.GENERATE))
+    order = shop.order()
+    offer = replace(order.offers[0], variant="other-variant")
+    assert offer.id == other
+    served = await asyncio.wait_for(
+        shop.dispatcher.buy(replace(order, tenant_id="b", offers=(offer,))), 1.5
+    )
+
+    assert len(served.lots) == 1
+    assert not waiting.done()
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    assert not line.running
+    assert not line.wanted((other, Operation.GENERATE))
+
+
+async def test_a_call_that_is_of_no_use_goes_to_the_next_who_wants_something_else() -> (
+    None
+):
+    line = Shop({"only": ScriptedProvider(delivered())}).dispatcher.line
+    loop = asyncio.get_running_loop()
+    first, alike, last = (line.place(tenant) for tenant in "abc")
+    called: list[str] = []
+
+    async def useless(place: Place, variant: str) -> None:
+        while await line.stand(place, [(f"only/{variant}", Operation.GENERATE)], 30):
+            called.append(variant)
+            assert len(called) < 100
+
+    standing = [
+        asyncio.create_task(useless(first, "returning")),
+        asyncio.create_task(useless(alike, "returning")),
+    ]
+    await asyncio.sleep(0.1)
+    begun_s = loop.time()
+    assert await line.stand(last, [("only/other", Operation.GENERATE)], 30)
+
+    assert loop.time() - begun_s <= 1.0
+    assert called == ["returning"]  # not again for one who wants the same
+    line.leave(last)
+    for each in standing:
+        each.cancel()
+    await asyncio.wait(standing)
+
+
+async def test_a_round_that_is_cancelled_before_it_began_gives_every_slot_back() -> (
+    None
+):
+    shop = Shop({"only": ScriptedProvider(delivered(), n_max=1)}, slots=4)
+    for steps in range(12):
+        buying = asyncio.create_task(shop.buy(4))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        buying.cancel()
+        await asyncio.wait({buying})
+
+        health = await shop.board.read([shop.offers[0].id], Operation.GENERATE)
+        assert health[shop.offers[0].id].in_flight == 0
+        assert not shop.dispatcher.line.running

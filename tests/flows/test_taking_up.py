@@ -456,3 +456,53 @@ async def test_an_order_without_fallbacks_is_tried_once_however_patient() -> Non
 
     assert len(purchase.failures) == 1
     assert len(shop.upstreams["cheap"].jobs) == 1
+
+
+async def test_nothing_is_bought_after_a_call_whose_end_could_not_be_written() -> None:
+    # One of two calls delivers; nobody knows what became of the other.
+    shop = Shop(
+        {
+            "cheap": ScriptedProvider(
+                delivered(), ProviderError(K.TIMEOUT, "cut off"), delivered(), n_max=1
+            ),
+            "dear": working(),
+        }
+    )
+    shop.store.refuse_to_end = [StoreBusyError("busy")]
+
+    purchase = await shop.buy(2)
+
+    assert (len(purchase.lots), purchase.missing) == (1, 1)
+    assert sum(len(each.jobs) for each in shop.upstreams.values()) == 2
+
+
+async def test_a_timeout_of_an_adapters_own_is_a_broken_adapter() -> None:
+    async def early(job: ImageJob) -> Done:
+        raise TimeoutError(job.task_id)
+
+    shop = Shop({"cheap": ScriptedProvider(early)})
+
+    purchase = await shop.buy()
+
+    assert purchase.failures[0].error.kind is K.BAD_GATEWAY
+    assert [type(crash) for crash, _ in shop.crashes] == [TimeoutError]
+
+
+async def test_tasks_that_can_wait_take_no_forced_tries_from_those_that_cannot() -> (
+    None
+):
+    shop = Shop({"only": failing(K.OVERLOADED)})
+    for _ in range(5):
+        await shop.buy()
+    assert len(shop.upstreams["only"].jobs) == 5
+    waits = asyncio.create_task(
+        shop.dispatcher.buy(replace(shop.order(), patient=True))
+    )
+    await shop.clock.sleep(6)
+    assert len(shop.upstreams["only"].jobs) == 5
+
+    await shop.buy()
+
+    assert len(shop.upstreams["only"].jobs) == 6
+    waits.cancel()
+    await asyncio.wait({waits})

@@ -176,3 +176,4 @@ def test_no_library_is_told_to_come_back_at_once_or_never(
 
 def test_those_refused_together_do_not_come_back_together() -> None:
     assert {retry_after_s(20_000, n / 10) for n in range(10)} >= {15, 20, 24}
+    assert {retry_after_s(90_000, n / 10) for n in range(10)} >= {18, 24, 29}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from gateway.core import breaker
 from gateway.core.breaker import (
     EFFECT_BY_KIND,
+    SLOW_AFTER_MS,
     BreakerState,
     Effect,
     Flight,
@@ -288,3 +289,9 @@ def test_a_record_never_grows(calls: list[tuple[Outcome, int]]) -> None:
         record = after(record, outcome, now_ms=now_ms)
 
     assert len(record.buckets) <= breaker.WINDOW_MS // breaker.BUCKET_MS
+
+
+def test_one_long_job_is_no_measure_of_those_after_it() -> None:
+    record = after_call(Record(), Flight(0), Outcome(), 400_000, 0.5)
+
+    assert record.usual_ms == SLOW_AFTER_MS
