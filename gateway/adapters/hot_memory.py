@@ -30,6 +30,8 @@ class _Credential:
     in_flight: int = 0
     probes: int = 0
     record: Record = field(default_factory=Record)
+    reset_at_ms: int = 0
+    """Refusals of calls that began before count no more."""
 
 
 @dataclass(slots=True)
@@ -103,7 +105,9 @@ class MemoryBoard:
         credential.probes -= permit.probe
         credential.in_flight -= 1
         now_ms = self.clock.monotonic_ms()
-        if outcome.effect is Effect.OPEN_CREDENTIAL and outcome.kind is not None:
+        refused = outcome.effect is Effect.OPEN_CREDENTIAL
+        is_news = flight.started_ms >= credential.reset_at_ms
+        if refused and is_news and outcome.kind is not None:
             credential.record = breaker.credential_opened(
                 credential.record, outcome.kind, now_ms
             )
@@ -138,7 +142,8 @@ class MemoryBoard:
     async def reset(self, upstream: str) -> None:
         """Close the breakers of an upstream, and end its pauses."""
         now_ms = self.clock.monotonic_ms()
-        self._credential(upstream).record = Record()
+        credential = self._credential(upstream)
+        credential.record, credential.reset_at_ms = Record(), now_ms
         routes = [r for r in self._routes.items() if r[0][0].startswith(f"{upstream}/")]
         for (offer_id, operation), route in routes:
             route.record = breaker.closed_by_hand(route.record, now_ms)
@@ -167,7 +172,8 @@ class MemoryBoard:
         last_ms = route.record.forced_at_ms
         rested = last_ms is None or now_ms - last_ms >= breaker.FORCED_EVERY_MS
         free = health.slots_free > 0
-        return health.state is BreakerState.OPEN and rested and free
+        alone = not route.probes
+        return health.state is BreakerState.OPEN and rested and free and alone
 
     def _health(self, route: _Route, now_ms: int) -> Health:
         credential = route.credential

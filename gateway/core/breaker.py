@@ -31,6 +31,8 @@ REENTRY_SLOTS = 2
 REENTRY_STEP_MS = 10_000
 REENTRY_MS = 60_000
 PAUSE_DEFAULT_MS = 5_000
+PAUSE_MIN_MS = 1_000
+"""However soon it may be asked again by its own word: else each request asks again."""
 PAUSE_MAX_MS = 300_000
 FORCED_EVERY_MS = 5_000
 AUTH_OPEN_MS = 900_000
@@ -312,7 +314,8 @@ def after_call(
     if effect is Effect.PAUSE:
         rest_ms = PAUSE_DEFAULT_MS
         if outcome.retry_after_s is not None:
-            rest_ms = min(PAUSE_MAX_MS, max(0, round(outcome.retry_after_s * 1000)))
+            asked_ms = round(outcome.retry_after_s * 1000)
+            rest_ms = min(PAUSE_MAX_MS, max(PAUSE_MIN_MS, asked_ms))
         until_ms = max(record.paused_until_ms, now_ms + rest_ms)
         return replace(record, paused_until_ms=until_ms, reason="rate_limited")
     if effect is Effect.NONE or outcome.kind is None:
@@ -326,7 +329,11 @@ def after_call(
         bad_streak=record.bad_streak + (effect is Effect.BAD),
         bad_since_ms=since_ms,
     )
-    if not flight.probe:
+    # A forced try comes before it is time for a probe, and says nothing of how long
+    # the outage will last.
+    opens_ms = record.open_until_ms
+    forced = opens_ms is not None and flight.started_ms < opens_ms
+    if forced or not flight.probe:
         return noted
     return opened(noted, f"probe failed: {outcome.kind.value}", now_ms, fraction)
 

@@ -142,8 +142,9 @@ class Candidate:
 
     ``cost_nanousd`` is the estimate for the whole request times the learned ratio,
     None when it is not known. ``reason`` says why it was left out; empty when it may
-    be tried. ``waits`` marks one that is only out of slots for the moment, ``shut`` one
-    that nothing but its open breaker keeps out, ``unwanted`` names the preference that
+    be tried. ``waits`` marks one that is only out of slots for the moment, ``rests``
+    one that nothing but its breaker keeps out, ``shut`` one whose breaker is open at
+    that; ``unwanted`` names the preference that
     left it out, ``drained`` says that the operator did.
     """
 
@@ -153,6 +154,7 @@ class Candidate:
     reason: str = ""
     retry_at_ms: int | None = None
     waits: bool = False
+    rests: bool = False
     shut: bool = False
     unwanted: str | None = None
     drained: bool = False
@@ -291,14 +293,16 @@ def _wanted(
     drained = candidate.offer.upstream in moment.drained
     if unwanted is None and not drained:
         return candidate
+    fits = not candidate.reason or candidate.waits or candidate.rests
     return replace(
         candidate,
         reason=f"left out by routing.{unwanted}" if unwanted else "drained",
         retry_at_ms=None,
         waits=False,
+        rests=False,
         shut=False,
         unwanted=unwanted,
-        drained=unwanted is None,
+        drained=unwanted is None and fits,
     )
 
 
@@ -326,8 +330,10 @@ def _judged(
         reason = "already tried"
     if reason is None:
         reason = _too_late(offer, health, moment)
-    shut = reason is None and health.state is BreakerState.OPEN
-    if reason is None and not health.callable:
+    # Only who is left alone for a while may come back.
+    rests = reason is None and not health.callable
+    shut = rests and health.state is BreakerState.OPEN
+    if rests:
         reason = f"{health.state.value}: {health.reason}".rstrip(": ")
     waits = reason is None and health.slots_free < 1
     return Candidate(
@@ -335,7 +341,8 @@ def _judged(
         likely,
         health.state,
         reason="no free slot" if waits else reason or "",
-        retry_at_ms=health.retry_at_ms,
+        retry_at_ms=health.retry_at_ms if rests else None,
+        rests=rests,
         waits=waits,
         shut=shut and health.slots_free > 0,
     )

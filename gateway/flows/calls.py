@@ -46,6 +46,9 @@ POLL_MIN_S = 0.2
 LOOK_AGAIN_S = 1.0
 LOOK_AGAIN_MAX_S = 15.0
 """Between two looks at a job that fail: doubling, from the one to the other."""
+ASKED_MAX_S = 60.0
+"""So long an upstream may ask to be left alone by looks at a job: what is made and paid
+must not be missed for it."""
 LOOK_DOUBLINGS_MAX = 4
 ACCEPT_PAUSE_S = 1.0
 STOP_MAX_S = 10.0
@@ -390,7 +393,8 @@ class Calls:
                         FailureKind.TIMEOUT,
                         f"the call was lost, and handed over again: {error.detail}",
                     ) from error
-                await self.clock.sleep(error.retry_after_s or pause_s)
+                wait_s = error.retry_after_s or pause_s
+                await self.clock.sleep(min(ASKED_MAX_S, wait_s))
                 pause_s = min(LOOK_AGAIN_MAX_S, 2 * pause_s)
 
     async def _accept(self, call: Call, step: Pending, progress: Progress) -> None:
@@ -462,7 +466,10 @@ class Calls:
                     raise
                 failures += 1
                 doubled_s = LOOK_AGAIN_S * 2 ** min(failures - 1, LOOK_DOUBLINGS_MAX)
-                pause_s = error.retry_after_s or min(LOOK_AGAIN_MAX_S, doubled_s)
+                asked_s = error.retry_after_s
+                pause_s = min(LOOK_AGAIN_MAX_S, doubled_s)
+                if asked_s is not None:
+                    pause_s = min(ASKED_MAX_S, asked_s)
                 continue
             if isinstance(polled, Done):
                 return polled

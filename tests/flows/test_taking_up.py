@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.adapters.sql.database import StoreBusyError
+from gateway.core.breaker import Outcome
 from gateway.core.routing import Preferences
 from gateway.core.tasks import AttemptState, FencedError
 from gateway.flows.dispatch import Purchase
@@ -25,8 +26,8 @@ from providers.kit.contract import (
     ProviderError,
 )
 from tests.fakes import MemoryStore, ScriptedProvider, Step, delivered
-from tests.flows.stories import CENT, DEADLINE_MS, Shop
-from tests.flows.test_dispatch import failing, working
+from tests.flows.stories import CENT, DEADLINE_MS, Shop, a_wish
+from tests.flows.test_dispatch import failing, forever, working
 
 K = FailureKind
 
@@ -506,3 +507,63 @@ async def test_tasks_that_can_wait_take_no_forced_tries_from_those_that_cannot()
     assert len(shop.upstreams["only"].jobs) == 6
     waits.cancel()
     await asyncio.wait({waits})
+
+
+@pytest.mark.parametrize("kind", [K.RATE_LIMITED, K.OVERLOADED])
+async def test_a_job_is_looked_at_however_long_its_upstream_wants_to_be_left_alone(
+    kind: FailureKind,
+) -> None:
+    rude = ProviderError(kind, "later", retry_after_s=300)
+    shop = Shop({"cheap": ScriptedProvider(Pending("job-7"), rude, delivered())})
+
+    purchase = await shop.buy()
+
+    assert served(purchase) == ["cheap"]
+    assert shop.clock.monotonic_ms() < 100_000
+
+
+async def test_nobody_waits_for_what_an_offer_could_not_do_anyway() -> None:
+    shop = Shop({"only": failing(K.AUTH)})
+    await shop.buy()
+    begun_ms = shop.clock.monotonic_ms()
+    masked = replace(shop.order(), patient=True, wish=replace(a_wish(), mask=True))
+
+    open_ = await shop.dispatcher.buy(masked)
+    shop.dispatcher.drained = lambda: frozenset({"only"})
+    drained = await shop.dispatcher.buy(masked)
+
+    assert open_.lots == drained.lots == []
+    assert shop.clock.monotonic_ms() == begun_ms
+
+
+async def test_a_forced_try_is_not_made_beside_a_probe() -> None:
+    down = ProviderError(K.OVERLOADED, "down")
+    shop = Shop({"only": ScriptedProvider(down, down, down, down, down, forever)})
+    for _ in range(5):
+        await shop.buy()
+    out = [asyncio.create_task(shop.buy()) for _ in range(1)]
+    for _ in range(20):
+        await shop.clock.sleep(6)
+        out.append(asyncio.create_task(shop.buy()))
+    await shop.clock.sleep(1)
+
+    assert len(shop.upstreams["only"].jobs) == 6
+    for each in out:
+        each.cancel()
+    await asyncio.wait(out)
+
+
+async def test_a_refusal_from_before_a_reset_does_not_undo_it() -> None:
+    board = Shop({"only": working()}).board
+    offer = "only/gpt-image-2"
+    old = await board.admit(offer, Operation.GENERATE)
+    other = await board.admit(offer, Operation.GENERATE)
+    assert old is not None
+    assert other is not None
+    await board.report(other, Outcome(kind=K.AUTH))
+    await asyncio.sleep(1)
+    await board.reset("only")
+
+    await board.report(old, Outcome(kind=K.AUTH))
+
+    assert (await board.read([offer], Operation.GENERATE))[offer].callable

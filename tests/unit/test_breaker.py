@@ -203,6 +203,8 @@ def test_a_second_outage_is_backed_off_from_like_the_first() -> None:
     record = breaker.opened(record, "", now_ms, 0.5)
 
     for seconds in (30, 60, 120, 240, 300):
+        assert record.open_until_ms is not None
+        now_ms = record.open_until_ms + 100
         record = probed(record, BAD, now_ms)
         assert record.open_until_ms == now_ms + seconds * 1000
 
@@ -295,3 +297,20 @@ def test_one_long_job_is_no_measure_of_those_after_it() -> None:
     record = after_call(Record(), Flight(0), Outcome(), 400_000, 0.5)
 
     assert record.usual_ms == SLOW_AFTER_MS
+
+
+def test_a_forced_try_that_fails_keeps_nobody_away_for_longer() -> None:
+    record = opened_at()
+    early = Flight(NOW_MS + 5_000, probe=True)
+
+    tried = after_call(record, early, BAD, NOW_MS + 5_200, 0.5)
+
+    assert (tried.open_until_ms, tried.openings) == (record.open_until_ms, 1)
+    due = probed(tried, BAD, NOW_MS + 16_000)
+    assert due.openings == 2
+
+
+def test_an_upstream_that_may_be_asked_at_once_is_left_alone_for_a_second() -> None:
+    soon = Outcome(kind=FailureKind.RATE_LIMITED, retry_after_s=0.0)
+
+    assert after(Record(), soon).paused_until_ms == NOW_MS + 1_000
