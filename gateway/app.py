@@ -306,7 +306,7 @@ def build_gateway(
         links=links,
         renderer=renderer,
         spools=spools,
-        replay=Replay(books.tasks, read_task, blobs, clock),
+        replay=Replay(books.tasks, read_task, blobs, clock, spools),
         kept_inputs=kept_inputs,
         callback_rules=outside.callback_rules,
         wake_worker=worker.wake,

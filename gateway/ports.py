@@ -665,8 +665,12 @@ class OpenBlob(Protocol):
         """Length of the picture's file, decoded."""
         ...
 
-    def read(self, offset: int, length: int) -> bytes:
-        """Read a part of the file; short only at its end."""
+    async def read(self, offset: int, length: int) -> bytes:
+        """Read a part of the file; short only at its end.
+
+        Raises:
+            ServiceUnavailableError: the store does not give it.
+        """
         ...
 
     def close(self) -> None:

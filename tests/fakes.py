@@ -478,7 +478,7 @@ class MemoryBlob:
     def size_bytes(self) -> int:
         return len(self.content)
 
-    def read(self, offset: int, length: int) -> bytes:
+    async def read(self, offset: int, length: int) -> bytes:
         return self.content[offset : offset + length]
 
     def close(self) -> None:

@@ -30,8 +30,8 @@ class DiskBlob:
     file: BinaryIO
     size_bytes: int
 
-    def read(self, offset: int, length: int) -> bytes:
-        """Read a part of the file."""
+    async def read(self, offset: int, length: int) -> bytes:
+        """Read a part of the file, from the page cache as a rule."""
         self.file.seek(offset)
         return self.file.read(length)
 

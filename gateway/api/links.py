@@ -276,7 +276,7 @@ async def _sent_whole(
 ) -> bool:
     """Send a part of a file; tell whether the client was there to the end."""
     for offset in range(part.start, part.stop, CHUNK_BYTES):
-        piece = opened.read(offset, min(CHUNK_BYTES, part.stop - offset))
+        piece = await opened.read(offset, min(CHUNK_BYTES, part.stop - offset))
         try:
             async with asyncio.timeout(STALLED_MAX_S):
                 await send_chunk(send, piece, last=False)

@@ -183,7 +183,7 @@ class LoadInputs:
             )
         try:
             for offset in range(0, opened.size_bytes, COPY_BYTES):
-                spool.append(opened.read(offset, COPY_BYTES))
+                spool.append(await opened.read(offset, COPY_BYTES))
                 await asyncio.sleep(0)  # others get their turn
         finally:
             opened.close()
@@ -242,7 +242,7 @@ class KeptInputs:
         spool = self.spools.open("raw", limit_bytes=IMAGE_MAX_BYTES)
         try:
             for offset in range(0, opened.size_bytes, COPY_BYTES):
-                spool.append(opened.read(offset, COPY_BYTES))
+                spool.append(await opened.read(offset, COPY_BYTES))
                 await asyncio.sleep(0)
             return _input_file(spool, "image_urls")
         except BaseException:

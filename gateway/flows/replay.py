@@ -6,22 +6,22 @@ says that it tries again by itself. What is still under way is waited for.
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from gateway.core.errors import GatewayError, NotFoundError
 from gateway.core.idempotency import KEY_KEPT_MS, RETRY_JOINS_MS
 from gateway.core.tasks import TaskCancelledError, TaskState
 from gateway.flows.generate import Once
 from gateway.flows.tasks import Picture, ReadTask, TaskView
-from gateway.ports import BlobStore, Clock, Earlier, Key, OpenBlob, TaskStore
-from providers.kit.contract import MadeImage
+from gateway.ports import BlobStore, Clock, Earlier, Key, OpenBlob, Spools, TaskStore
+from providers.kit.contract import MadeImage, Payload
 
 LOOK_EVERY_S = 0.25
 JOIN_MAX_S = 300.0
-CHUNK_BYTES = 48 * 1024
+COPY_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class Replay:
     read_task: ReadTask
     blobs: BlobStore
     clock: Clock
+    spools: Spools
 
     async def find(self, once: Once, key: Key) -> str | None:
         """Find the task that a request repeats; None for one that is new.
@@ -72,8 +73,7 @@ class Replay:
             raise _failure_of(view)
         if links or not view.state.final:
             return view
-        pictures = [await self._at_hand(picture) for picture in view.pictures]
-        made = tuple(picture for picture in pictures if picture is not None)
+        made = await self._all_at_hand(view.pictures)
         if not made:
             raise NotFoundError(
                 "The pictures of the request that this one repeats are not kept any "
@@ -86,12 +86,26 @@ class Replay:
         """Return a task as it is now."""
         return await self.read_task(task_id, key.tenant_id)
 
+    async def _all_at_hand(self, pictures: Sequence[Picture]) -> tuple[Picture, ...]:
+        made: list[Picture] = []
+        try:
+            for picture in pictures:
+                at_hand = await self._at_hand(picture)
+                if at_hand is not None:
+                    made.append(at_hand)
+        except BaseException:
+            for picture in made:
+                assert picture.made is not None
+                picture.made.payload.close()
+            raise
+        return tuple(made)
+
     async def _at_hand(self, picture: Picture) -> Picture | None:
         opened = await self.blobs.open(picture.blob) if picture.blob else None
         if opened is None:
             return None
         made = MadeImage(
-            payload=BlobPayload(opened),
+            payload=await self._spooled(opened),
             media_type=picture.media_type,
             width_px=picture.width_px,
             height_px=picture.height_px,
@@ -99,35 +113,19 @@ class Replay:
         )
         return replace(picture, made=made)
 
-
-@dataclass(frozen=True, slots=True)
-class BlobPayload:
-    """A stored picture as a payload."""
-
-    blob: OpenBlob
-
-    @property
-    def encoding(self) -> Literal["raw"]:
-        """Stored pictures are files."""
-        return "raw"
-
-    @property
-    def size_bytes(self) -> int:
-        """Length of the file."""
-        return self.blob.size_bytes
-
-    def chunks(self) -> Iterator[bytes]:
-        """Yield the file from its start."""
-        for offset in range(0, self.blob.size_bytes, CHUNK_BYTES):
-            yield self.blob.read(offset, CHUNK_BYTES)
-
-    def persist(self, path: str) -> None:
-        """Not for what is stored already."""
-        raise AssertionError(path)
-
-    def close(self) -> None:
-        """Give the file back."""
-        self.blob.close()
+    async def _spooled(self, opened: OpenBlob) -> Payload:
+        # An answer is written from what is at hand: nothing in it waits for a store.
+        spool = self.spools.open("raw", limit_bytes=opened.size_bytes)
+        try:
+            for offset in range(0, opened.size_bytes, COPY_BYTES):
+                spool.append(await opened.read(offset, COPY_BYTES))
+                await asyncio.sleep(0)  # others get their turn
+        except BaseException:
+            spool.close()
+            raise
+        finally:
+            opened.close()
+        return spool
 
 
 def _failure_of(view: TaskView) -> GatewayError:

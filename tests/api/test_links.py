@@ -37,8 +37,8 @@ class Watched:
     def size_bytes(self) -> int:
         return self.inner.size_bytes
 
-    def read(self, offset: int, length: int) -> bytes:
-        return self.inner.read(offset, length)
+    async def read(self, offset: int, length: int) -> bytes:
+        return await self.inner.read(offset, length)
 
     def close(self) -> None:
         self.inner.close()

@@ -34,8 +34,8 @@ async def read(blobs: BlobStore, blob: str) -> bytes | None:
     if opened is None:
         return None
     try:
-        assert opened.size_bytes == len(opened.read(0, opened.size_bytes + 1))
-        return opened.read(0, opened.size_bytes)
+        assert opened.size_bytes == len(await opened.read(0, opened.size_bytes + 1))
+        return await opened.read(0, opened.size_bytes)
     finally:
         opened.close()
 
@@ -82,10 +82,10 @@ async def test_parts_are_read_from_anywhere_and_end_with_the_file(
     opened = await blobs.open(FLAT)
     assert opened is not None
 
-    assert opened.read(1_000, 5) == CONTENT[1_000:1_005]
-    assert opened.read(3, 2) == CONTENT[3:5]
-    assert opened.read(len(CONTENT) - 2, 100) == CONTENT[-2:]
-    assert opened.read(len(CONTENT), 100) == b""
+    assert await opened.read(1_000, 5) == CONTENT[1_000:1_005]
+    assert await opened.read(3, 2) == CONTENT[3:5]
+    assert await opened.read(len(CONTENT) - 2, 100) == CONTENT[-2:]
+    assert await opened.read(len(CONTENT), 100) == b""
     opened.close()
 
 
@@ -122,7 +122,7 @@ async def test_what_is_open_can_be_read_though_it_is_deleted(blobs: BlobStore) -
 
     await blobs.delete(FLAT)
 
-    assert opened.read(0, 10) == CONTENT[:10]
+    assert await opened.read(0, 10) == CONTENT[:10]
     opened.close()
 
 
@@ -183,6 +183,6 @@ async def test_many_first_readers_of_a_picture_all_get_it(tmp_path: Path) -> Non
     for blob in opened:
         assert blob is not None
         assert blob.size_bytes == len(content)
-        assert blob.read(0, len(content)) == content
+        assert await blob.read(0, len(content)) == content
         blob.close()
     assert {path.suffix for path in (tmp_path / "task").iterdir()} == {".raw"}
