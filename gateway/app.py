@@ -17,7 +17,6 @@ from litestar import Litestar, Response
 from litestar.exceptions import HTTPException
 from litestar.types import ASGIApp, ControllerRouterHandler
 
-from gateway.adapters.blobs import DiskBlobs
 from gateway.adapters.clock import SystemChance, SystemClock
 from gateway.adapters.convert import PillowStudio
 from gateway.adapters.data_dir import DataDir
@@ -46,10 +45,12 @@ from gateway.api.upstreams import Explain, explain_routes, upstream_routes
 from gateway.api.webhooks import webhook_admin_routes, webhook_routes
 from gateway.books import (
     Books,
+    Shelves,
     StartError,
     check_storage,
     first_run,
     open_books,
+    open_shelves,
 )
 from gateway.core.addresses import UrlRules
 from gateway.core.catalogue import Catalogue
@@ -78,7 +79,7 @@ from gateway.flows.results import RESULT_KEPT_MS, Results
 from gateway.flows.tasks import ManageTasks, ReadTask
 from gateway.flows.upstreams import Upstreams
 from gateway.flows.webhooks import DeliverWebhooks
-from gateway.ports import Clock, Fetcher, Sender, TaskRecord, Tunable
+from gateway.ports import BlobStore, Clock, Fetcher, Sender, TaskRecord, Tunable
 from gateway.serving import Leaving, listen
 from gateway.settings import Settings, load_settings
 from gateway.workers import DRAIN_MAX_S, Loops, TaskRunner, Worker
@@ -93,6 +94,7 @@ AUDIT_EVERY_S = 3600.0
 TRIM_EVERY_S = 2.0
 WEBHOOKS_EVERY_S = 1.0
 DRAINS_EVERY_S = 1.0
+LOOK_EVERY_S = 5.0
 CONNECTIONS_SPARE = 1.1
 HAND_OVER_EVERY_S = 2.0
 WORKING_MAX_TASKS = 512
@@ -100,6 +102,8 @@ TASK_KEPT_MS = 30 * 24 * 3600 * 1000
 FORGET_AT_ONCE = 200
 HEX = "0123456789abcdef"
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+Chore = tuple[float, Callable[[], Awaitable[object]]]
+"""How often it is done, in seconds, and what."""
 RESULT_GRACE_MS = 1_800_000
 """Links end after 24 h; the files are gone half an hour later."""
 
@@ -124,6 +128,7 @@ class Gateway:
     log: LogListener
     audit: Callable[[], Awaitable[None]]
     upstreams: Upstreams
+    shelves: Shelves
 
     leaving: Leaving
     leaving_s: float
@@ -231,8 +236,8 @@ def build_gateway(
         events,
         slots={u.name: u.max_concurrent for u in settings.upstreams},
     )
-    blobs = DiskBlobs(books.data_dir.results)
-    uploads = DiskBlobs(books.data_dir.uploads)
+    shelves = books.shelves(events.emit)
+    blobs, uploads = shelves.results, shelves.uploads
     spools = SpoolFolder(books.data_dir.spool)
     results = Results(blobs, clock)
     upstreams = Upstreams(
@@ -282,7 +287,7 @@ def build_gateway(
     renderer = Renderer(settings.nanocredits_per_usd)
     gate = AdminGate(settings.server.admin_key)
     read_task = ReadTask(books.tasks, books.queue, blobs, clock)
-    kept_inputs = KeptInputs(DiskBlobs(books.data_dir.inputs), spools)
+    kept_inputs = KeptInputs(shelves.inputs, spools)
     worker = Worker(
         queue=books.queue,
         generate=generate,
@@ -310,7 +315,7 @@ def build_gateway(
         kept_inputs=kept_inputs,
         callback_rules=outside.callback_rules,
         wake_worker=worker.wake,
-        storage_trouble=books.data_dir.trouble,
+        storage_trouble=shelves.trouble,
         tenants_may_choose=settings.tenants_may_choose,
     )
     files = Files(books.files, uploads, clock, chance)
@@ -321,7 +326,7 @@ def build_gateway(
         spools=spools,
         links=links,
         tenants=books.tenants,
-        storage_trouble=books.data_dir.trouble,
+        storage_trouble=shelves.trouble,
     )
 
     async def rendered(delivery: Delivery) -> bytes:
@@ -371,7 +376,7 @@ def build_gateway(
                 {
                     "process": leaving.check,
                     "database": _database_check(books),
-                    "disk": books.data_dir.trouble,
+                    **shelves.checks,
                 },
                 metrics.render,
             ),
@@ -393,6 +398,7 @@ def build_gateway(
                 "webhooks": (WEBHOOKS_EVERY_S, deliver),
                 "drained upstreams": (DRAINS_EVERY_S, upstreams.refresh),
                 "pressure": (LAG_EVERY_MS / 1000, admission.watch),
+                **_lookout(shelves),
                 **house.chores(),
             },
         ),
@@ -405,6 +411,7 @@ def build_gateway(
         upstreams=upstreams,
         leaving=leaving,
         leaving_s=settings.server.leaving_s,
+        shelves=shelves,
     )
 
 
@@ -413,13 +420,13 @@ class _House:
     """What is kept in order while the gateway runs."""
 
     books: Books
-    blobs: DiskBlobs
+    blobs: BlobStore
     kept_inputs: KeptInputs
     results: Results
     metrics: Metrics
     clock: Clock
 
-    def chores(self) -> dict[str, tuple[float, Callable[[], Awaitable[object]]]]:
+    def chores(self) -> dict[str, Chore]:
         """Name each chore, and how often it is done, in seconds."""
         trim = trimmer()
 
@@ -479,6 +486,8 @@ async def started(
         first = await first_run(books)
         await gateway.audit()
         await gateway.upstreams.refresh()
+        if gateway.shelves.look is not None:
+            await gateway.shelves.look()
         log.note(
             "started",
             recovered_tasks=recovered,
@@ -540,6 +549,10 @@ def _from_framework(error: HTTPException, request: AnyRequest) -> GatewayError:
 def _sandboxes(providers: Mapping[str, Provider]) -> dict[str, Tunable]:
     found = {name: getattr(p, "settings", None) for name, p in providers.items()}
     return {name: tunable for name, tunable in found.items() if tunable is not None}
+
+
+def _lookout(shelves: Shelves) -> dict[str, Chore]:
+    return {"picture store": (LOOK_EVERY_S, shelves.look)} if shelves.look else {}
 
 
 def _places(settings: Settings, catalogue: Catalogue) -> dict[str, int]:
@@ -606,6 +619,16 @@ async def probed(settings: Settings) -> list[Probe]:
         for provider in providers.values():
             await provider.close()
         await wire.close()
+
+
+async def probed_store(settings: Settings) -> str | None:
+    """Ask the object store for a list; tells what is wrong with it, or None.
+
+    Nothing is written, and nothing is asked where pictures are on the disk.
+    """
+    data_dir = DataDir(settings.storage.data_dir)
+    shelves = open_shelves(settings.storage, data_dir, secret=b"")
+    return await shelves.glance() if shelves.glance else None
 
 
 def estimated(settings: Settings, body: object) -> dict[str, object]:

@@ -6,7 +6,7 @@ server, the upstreams' adapters and what they bring along.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from gateway.adapters.sql.queue import SqlQueue
 from gateway.adapters.sql.sqlite import SqliteDatabase
 from gateway.adapters.sql.tasks import SqlTaskStore
 from gateway.core.errors import GatewayError, upstream_not_found
+from gateway.core.events import Event
 from gateway.core.money import NANO
 from gateway.core.preferences import routing_from_text
 from gateway.core.routing import Preferences
@@ -33,10 +34,12 @@ from gateway.flows.credits import ManageTenants
 from gateway.flows.keys import ManageKeys, NewKey
 from gateway.flows.tasks import ManageTasks, ReadTask, TaskView
 from gateway.flows.webhooks import ManageWebhooks
-from gateway.ports import AuditReport
-from gateway.settings import Settings, load_settings
+from gateway.ports import AuditReport, BlobStore
+from gateway.settings import Settings, Storage, load_settings
 
 SQLITE = "sqlite"
+Check = Callable[[], Awaitable[str | None]]
+"""Tells what is wrong with a part, or None."""
 FIRST_TENANT = "first"
 FIRST_CREDITS = 1_000
 
@@ -88,6 +91,11 @@ class Books:
     data_dir: DataDir
     secret: bytes
     upstream_names: tuple[str, ...]
+    storage: Storage
+
+    def shelves(self, emit: Callable[[Event], None] = lambda _: None) -> Shelves:
+        """Open the store of pictures; ``emit`` is told when it goes away or is back."""
+        return open_shelves(self.storage, self.data_dir, self.secret, emit)
 
     async def audit(self) -> AuditReport:
         """Recompute every invariant from the rows."""
@@ -114,11 +122,66 @@ class Books:
             NotFoundError: there is no such task.
             ConflictError: it is a sync task, or it is over.
         """
-        clock, blobs = SystemClock(), DiskBlobs(self.data_dir.results)
-        read_task = ReadTask(self.tasks, self.queue, blobs, clock)
+        clock, shelves = SystemClock(), self.shelves()
+        read_task = ReadTask(self.tasks, self.queue, shelves.results, clock)
         record = await self.tasks.get(task_id)
         owner = record.tenant_id if record else ""
         return await ManageTasks(self.queue, read_task, clock).cancel(task_id, owner)
+
+
+@dataclass(frozen=True, slots=True)
+class Shelves:
+    """Where pictures are: results, uploads, and what async tasks start from.
+
+    ``checks`` names what may keep pictures from being stored; none of them waits.
+    ``look`` finds out how a store is that is far away; ``glance`` tells it without
+    writing anything.
+    """
+
+    results: BlobStore
+    uploads: BlobStore
+    inputs: BlobStore
+    checks: Mapping[str, Check]
+    look: Callable[[], Awaitable[None]] | None = None
+    glance: Check | None = None
+
+    async def trouble(self) -> str | None:
+        """Say what keeps pictures from being stored, if anything does."""
+        for check in self.checks.values():
+            wrong = await check()
+            if wrong is not None:
+                return wrong
+        return None
+
+
+def open_shelves(
+    storage: Storage,
+    data_dir: DataDir,
+    secret: bytes,
+    emit: Callable[[Event], None] = lambda _: None,
+) -> Shelves:
+    """Open the store of pictures that the config names; nothing is asked of it yet."""
+    if storage.results is None:
+        return Shelves(
+            DiskBlobs(data_dir.results),
+            DiskBlobs(data_dir.uploads),
+            DiskBlobs(data_dir.inputs),
+            {"disk": data_dir.trouble},
+        )
+    # A gateway that keeps its pictures on the disk does not load the library.
+    from gateway.adapters.objects import Address, Bucket, ObjectBlobs  # noqa: PLC0415
+
+    at = storage.results
+    address = Address(at.url, at.endpoint, at.region, at.access_key, at.secret_key)
+    bucket = Bucket(address, secret, emit)
+    return Shelves(
+        ObjectBlobs(bucket, "results"),
+        ObjectBlobs(bucket, "uploads"),
+        ObjectBlobs(bucket, "inputs"),
+        {"disk": data_dir.trouble, "results": bucket.trouble},
+        bucket.look,
+        bucket.glance,
+    )
 
 
 def check_storage(settings: Settings) -> None:
@@ -130,7 +193,6 @@ def check_storage(settings: Settings) -> None:
     storage = settings.storage
     supported = {
         "redis": (storage.redis, ""),
-        "results": (storage.results, "disk"),
     }
     for name, (asked, there) in supported.items():
         if asked != there:
@@ -190,6 +252,7 @@ async def open_books(
             data_dir=data_dir,
             secret=secret,
             upstream_names=tuple(upstream.name for upstream in settings.upstreams),
+            storage=settings.storage,
         )
     except SchemaTooNewError as error:
         raise StartError(str(error)) from error

@@ -140,9 +140,12 @@ def _probe(settings: Settings) -> bool:
 
     with one_line_errors():
         probes = asyncio.run(app.probed(settings))
+        trouble = asyncio.run(app.probed_store(settings))
     for each in probes:
         click.echo(f"probe {each.text}")
-    return not any(each.has_failed for each in probes)
+    if settings.storage.results is not None:
+        click.echo(f"probe storage.results: {trouble or 'ok'}")
+    return trouble is None and not any(each.has_failed for each in probes)
 
 
 # --- tenants, keys, credits ---

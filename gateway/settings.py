@@ -72,6 +72,9 @@ _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _COST_ROW = re.compile(
     rf"(?:[a-z]+|\*)/(?:[1-9]\d{{1,4}}x[1-9]\d{{1,4}}|{'|'.join(CLASS_MAX_PX)}|auto|\*)"
 )
+_BUCKET = re.compile(
+    r"[a-z0-9]+://[A-Za-z0-9][A-Za-z0-9._-]{1,62}(?:/[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}){0,9}/?"
+)
 _MONTH = re.compile(r"20\d\d-(?:0[1-9]|1[0-2])")
 _PIXELS = re.compile(r"([1-9]\d{1,4})x([1-9]\d{1,4})")
 _TOML_LINE = re.compile(
@@ -97,13 +100,25 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
+class ObjectStore:
+    """A bucket for pictures. What is empty its client finds as the platform has it."""
+
+    url: str
+    endpoint: str
+    region: str
+    access_key: str = field(repr=False)
+    secret_key: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Storage:
     """Where the gateway remembers. Locators may hold a password: never printed."""
 
     data_dir: Path
     database: str = field(repr=False)
     redis: str = field(repr=False)
-    results: str
+    results: ObjectStore | None
+    """Where pictures are kept; None: in the data folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -435,7 +450,26 @@ GATEWAY_KEYS: tuple[Key, ...] = (
             Key("data_dir", Kind.TEXT, "Folder of everything on disk.", "data"),
             Key("database", Kind.LOCATOR, "sqlite, or postgresql://...", "sqlite"),
             Key("redis", Kind.LOCATOR, "Empty, or redis://...", ""),
-            Key("results", Kind.TEXT, "disk, or s3://bucket/prefix.", "disk"),
+            Key("results", Kind.LOCATOR, "disk, or s3://bucket/prefix.", "disk"),
+            Key(
+                "results_endpoint",
+                Kind.HTTP_URL,
+                "Where the S3-compatible store answers; empty: Amazon's.",
+                "",
+            ),
+            Key("results_region", Kind.TEXT, "Region of the bucket.", ""),
+            Key(
+                "results_access_key",
+                Kind.REFERENCE,
+                "Id of the store's credential; unset: as the platform has it.",
+                "",
+            ),
+            Key(
+                "results_secret_key",
+                Kind.REFERENCE,
+                "Secret of the store's credential; unset: as the platform has it.",
+                "",
+            ),
         ),
     ),
     Key(
@@ -902,12 +936,18 @@ def _check_locator(text: str, key: Key, *, password_allowed: bool) -> str:
         raise _WrongValueError(
             "holds a password: give the whole URL as env:NAME or file:/path"
         )
+    if key.name == "results" and not _BUCKET.fullmatch(text):
+        raise _WrongValueError(
+            "must be s3://bucket or s3://bucket/prefix, of letters, digits, dot, dash "
+            "and underscore"
+        )
     return text
 
 
 _LOCATOR_SCHEMES = {
     "database": ("postgresql", "postgres"),
     "redis": ("redis", "rediss", "unix"),
+    "results": ("s3", "gs", "az"),
 }
 
 
@@ -1385,17 +1425,37 @@ def _storage(values: _Values, desk: _Desk) -> Storage | None:
     }
     for name in _LOCATOR_SCHEMES:
         storage[name] = _locate(storage[name], keys[name], desk)
-    results = storage["results"]
-    if results is not None and results != "disk" and not results.startswith("s3://"):
-        desk.wrong("storage.results", "must be disk, or s3://bucket/prefix")
     if None in storage.values():
         return None
+    results = _object_store(storage, desk)
     return Storage(
         data_dir=Path(storage["data_dir"]),
         database=storage["database"],
         redis=storage["redis"],
         results=results,
     )
+
+
+def _object_store(storage: _Values, desk: _Desk) -> ObjectStore | None:
+    url = storage["results"]
+    given = {name: storage[f"results_{name}"] for name in _S3_ONLY}
+    if not url.startswith("s3://"):
+        for name in (name for name in _S3_ONLY if given[name]):
+            desk.wrong(f"storage.results_{name}", "has a use with s3:// only")
+        return None if url == "disk" else ObjectStore(url, "", "", "", "")
+    keys = {}
+    for name in ("access_key", "secret_key"):
+        keys[name], why = _resolve(given[name], desk)
+        if why:
+            desk.wrong(f"storage.results_{name}", why)
+        elif given["access_key"] and not given[name]:
+            desk.wrong(f"storage.results_{name}", "is missing beside the access key")
+        elif given["secret_key"] and not given[name]:
+            desk.wrong(f"storage.results_{name}", "is missing beside the secret key")
+    return ObjectStore(url, given["endpoint"], given["region"], **keys)
+
+
+_S3_ONLY = ("endpoint", "region", "access_key", "secret_key")
 
 
 def _inputs(values: _Values, desk: _Desk) -> InputSettings | None:

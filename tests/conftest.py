@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+
+from tests.object_store import S3Server, running_s3
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,3 +24,10 @@ def whole(pytestconfig: pytest.Config) -> bool:
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """An S3 server; each test has a bucket of its own in it."""
+    with running_s3() as server:
+        yield server

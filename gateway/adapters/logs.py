@@ -22,6 +22,7 @@ from gateway.core.events import (
     PressureChanged,
     RequestFinished,
     RequestShed,
+    StoreChanged,
     TaskFinished,
     UpstreamChanged,
     WebhookTried,
@@ -43,6 +44,7 @@ _NAMES = {
     WebhookTried: "webhook",
     RequestShed: "shed",
     PressureChanged: "pressure",
+    StoreChanged: "store",
 }
 
 

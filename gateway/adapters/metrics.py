@@ -26,6 +26,7 @@ from gateway.core.events import (
     PressureChanged,
     RequestFinished,
     RequestShed,
+    StoreChanged,
     TaskFinished,
     UpstreamChanged,
     WebhookTried,
@@ -114,6 +115,11 @@ class Metrics:
             registry=self.registry,
         )
         self._drained: Callable[..., Gauge] = cache(drained.labels)
+        self._store_away = Gauge(
+            "imageway_picture_store_away",
+            "1 while the object store takes no pictures; 0 with pictures on disk.",
+            registry=self.registry,
+        )
         self.drift = Gauge(
             "imageway_ledger_drift_nanocredits",
             "Sum of all drift that the last audit found; must be 0.",
@@ -173,6 +179,8 @@ class Metrics:
                 self._on_breaker(event)
             case UpstreamChanged():
                 self._on_upstream(event)
+            case StoreChanged():
+                self._store_away.set(event.state == "away")
             case WebhookTried():
                 self._webhooks(event.outcome).inc()
             case HoldRefused() | RequestShed() | PressureChanged():

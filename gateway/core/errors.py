@@ -170,6 +170,20 @@ def storage_full() -> ServiceUnavailableError:
     )
 
 
+class StoreAwayError(ServiceUnavailableError):
+    """The store of pictures does not answer, or refuses: it may come back by itself."""
+
+    code = "storage_unavailable"
+
+
+def store_away() -> StoreAwayError:
+    """Say that pictures cannot be stored or read."""
+    return StoreAwayError(
+        "The gateway cannot reach its pictures at the moment. Try again later.",
+        retry_after_s=30,
+    )
+
+
 class DeadlineExceededError(GatewayError):
     """The deadline passed before a picture was there."""
 

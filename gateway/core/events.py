@@ -130,6 +130,14 @@ class PressureChanged:
     value: float
 
 
+@dataclass(frozen=True, slots=True)
+class StoreChanged:
+    """The store of pictures is away or back; ``detail`` says why, to operators only."""
+
+    state: str
+    detail: str | None = None
+
+
 Event = (
     RequestFinished
     | AttemptFinished
@@ -140,4 +148,5 @@ Event = (
     | WebhookTried
     | RequestShed
     | PressureChanged
+    | StoreChanged
 )

@@ -107,6 +107,11 @@ def task_id_for(created_s: int, suffix: str) -> str:
     return f"{TASK_ID_PREFIX}{created_s}-{suffix}"
 
 
+def made_ms(task_id: str) -> int:
+    """Tell when a task was made, from its id: milliseconds since the epoch."""
+    return int(task_id.removeprefix(TASK_ID_PREFIX).partition("-")[0]) * 1000
+
+
 def is_task_id(text: str) -> bool:
     """Tell whether a text has the form of a task id."""
     stamp, _, suffix = text.removeprefix(TASK_ID_PREFIX).partition("-")

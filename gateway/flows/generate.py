@@ -22,6 +22,7 @@ from gateway.core.errors import (
     InvalidRequestError,
     RateLimitedError,
     ServiceUnavailableError,
+    StoreAwayError,
     insufficient_credits,
     max_credits_exceeded,
 )
@@ -72,6 +73,9 @@ SYNC_DEADLINE_MS = 300_000
 ASYNC_DEADLINE_MS = 900_000
 SETTLE_TRIES_MAX = 30
 SETTLE_PAUSE_S = 1.0
+STORE_AWAY_MAX_MS = 600_000
+"""So long the pictures of an async task wait for a store that is away."""
+STORE_PAUSE_S = 5.0
 RETRY_AFTER_MAX_S = 60
 MAY_TRY_AGAIN = frozenset({429, 500, 503})
 """Failures after which the same idempotency key buys anew: nothing was delivered."""
@@ -458,17 +462,31 @@ class Generate:
         # A disk that takes no pictures ends a request for links: the pictures are the
         # operator's loss. An answer that carries them needs no disk.
         images = purchase.images[: accepted.request.n]
-        now_ms = self.clock.now_ms()
         try:
-            return await self.results.keep(
-                accepted.task.id, images, now_ms, inline=not links
-            )
+            return await self._stored(accepted, images, inline=not links)
         except ServiceUnavailableError as error:
             if not links:
+                now_ms = self.clock.now_ms()
                 return self.results.unkept(accepted.task.id, images, now_ms)
             error.client_may_retry = False  # it would be bought again
             await self.give_up(accepted, error, purchase)
             raise
+
+    async def _stored(
+        self, accepted: Accepted, images: Sequence[MadeImage], *, inline: bool
+    ) -> tuple[StoredResult, ...]:
+        # What was paid for an async task is worth a wait for a store that is away.
+        waits = accepted.task.mode is DeliveryMode.ASYNC
+        until_ms = self.clock.monotonic_ms() + STORE_AWAY_MAX_MS
+        while True:
+            try:
+                return await self.results.keep(
+                    accepted.task.id, images, self.clock.now_ms(), inline=inline
+                )
+            except StoreAwayError:
+                if not waits or self.clock.monotonic_ms() >= until_ms:
+                    raise
+            await self.clock.sleep(STORE_PAUSE_S)
 
     async def _settled(
         self,

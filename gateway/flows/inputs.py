@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import binascii
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-from gateway.core.errors import InvalidRequestError
+from gateway.core.errors import InvalidRequestError, StoreAwayError
 from gateway.core.images import IMAGE_MAX_BYTES, check_mask
 from gateway.core.requests import UPLOAD_SCHEME, ImageRequest
 from gateway.core.sizes import Size
@@ -224,12 +225,16 @@ class KeptInputs:
         return Inputs(tuple(loaded[:-1]), loaded[-1])
 
     async def forget(self, task_id: str) -> None:
-        """Delete what was kept for a task."""
-        for place in range(INPUTS_MAX):
-            blob = f"{task_id}/{place}"
-            if not await self.blobs.exists(blob):
-                return
-            await self.blobs.delete(blob)
+        """Delete what was kept for a task.
+
+        What a store that is away keeps expires later, as results do.
+        """
+        with suppress(StoreAwayError):
+            for place in range(INPUTS_MAX):
+                blob = f"{task_id}/{place}"
+                if not await self.blobs.exists(blob):
+                    return
+                await self.blobs.delete(blob)
 
     async def _load(self, blob: str) -> InputFile:
         opened = await self.blobs.open(blob)

@@ -58,7 +58,8 @@ class Results:
         """Delete what was sent long enough ago; returns how many."""
         now_ms, count = self.clock.monotonic_ms(), 0
         while self._sent and self._sent[0][0] <= now_ms:
-            await self.blobs.delete(self._sent.popleft()[1])
+            await self.blobs.delete(self._sent[0][1])
+            self._sent.popleft()  # only now: a store that is away is asked again
             count += 1
         return count
 

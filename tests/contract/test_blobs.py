@@ -5,28 +5,83 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
 from gateway.adapters.blobs import DiskBlobs
+from gateway.adapters.objects import Address, Bucket, ObjectBlobs
 from gateway.core.errors import ServiceUnavailableError
 from gateway.ports import BlobStore
 from providers.kit.contract import MadeImage
 from providers.kit.spool import SpoolFolder
 from tests.fakes import FakePayload
+from tests.object_store import SECRET, S3Server
 
-BACKENDS: dict[str, Callable[[Path], BlobStore]] = {
-    "disk": lambda folder: DiskBlobs(folder / "blobs"),
-}
 CONTENT = bytes(range(256)) * 1_000
+LONG = bytes(range(256)) * 80_000
+"""Longer than a part of an upload, and than what a reader takes at once."""
 FLAT, NESTED = "file_1", "task-1/0"
 
 
+class Backend(Protocol):
+    """A store, and a way to let time pass in it."""
+
+    @property
+    def blobs(self) -> BlobStore: ...
+
+    def age(self, blob: str, written_ms: int) -> None:
+        """Let a blob have been written at another time."""
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    folder: Path
+
+    @property
+    def blobs(self) -> BlobStore:
+        return DiskBlobs(self.folder / "blobs")
+
+    def age(self, blob: str, written_ms: int) -> None:
+        name = blob if "/" in blob else f"{blob}.raw"
+        path = self.folder / "blobs" / name.partition("/")[0]
+        os.utime(path, (written_ms / 1000, written_ms / 1000))
+
+
+@dataclass(frozen=True)
+class InS3:
+    server: S3Server
+    name: str
+    bucket: Bucket
+
+    @property
+    def blobs(self) -> BlobStore:
+        return ObjectBlobs(self.bucket, "results")
+
+    def age(self, blob: str, written_ms: int) -> None:
+        key = f"pre/fix/{self.bucket.folder}/results/{blob}"
+        self.server.age(self.name, key, written_ms)
+
+
+BACKENDS = ("disk", "s3")
+
+
 @pytest.fixture(params=BACKENDS)
-def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
-    return BACKENDS[request.param](tmp_path)
+def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Backend:
+    if request.param == "disk":
+        return OnDisk(tmp_path)
+    server: S3Server = request.getfixturevalue("s3")
+    name = server.new_bucket()
+    address = Address(f"s3://{name}/pre/fix", server.url, "", "id", "secret")
+    return InS3(server, name, Bucket(address, SECRET, lambda _: None))
+
+
+@pytest.fixture
+def blobs(backend: Backend) -> BlobStore:
+    return backend.blobs
 
 
 async def read(blobs: BlobStore, blob: str) -> bytes | None:
@@ -40,12 +95,33 @@ async def read(blobs: BlobStore, blob: str) -> bytes | None:
         opened.close()
 
 
+@pytest.mark.parametrize("content", [CONTENT, LONG], ids=["short", "long"])
 @pytest.mark.parametrize("blob", [FLAT, NESTED])
-async def test_a_file_is_read_as_it_was_kept(blobs: BlobStore, blob: str) -> None:
-    assert await blobs.keep_file(blob, FakePayload(CONTENT)) == len(CONTENT)
+async def test_a_file_is_read_as_it_was_kept(
+    blobs: BlobStore, blob: str, content: bytes
+) -> None:
+    assert await blobs.keep_file(blob, FakePayload(content)) == len(content)
 
     assert await blobs.exists(blob)
-    assert await read(blobs, blob) == CONTENT
+    assert await read(blobs, blob) == content
+
+
+async def test_what_is_kept_again_takes_the_place_of_what_was(blobs: BlobStore) -> None:
+    await blobs.keep_file(FLAT, FakePayload(LONG))
+    await blobs.keep_file(FLAT, FakePayload(CONTENT))
+
+    assert await read(blobs, FLAT) == CONTENT
+
+
+async def test_many_keep_and_read_at_once(blobs: BlobStore) -> None:
+    contents = {f"task-{n}/0": bytes([n]) * (n * 10_000 + 1) for n in range(40)}
+
+    await asyncio.gather(
+        *(blobs.keep_file(b, FakePayload(c)) for b, c in contents.items())
+    )
+    found = await asyncio.gather(*(read(blobs, blob) for blob in contents))
+
+    assert found == list(contents.values())
 
 
 async def test_a_spool_stays_its_owners_after_it_was_kept(
@@ -133,11 +209,12 @@ async def test_names_that_walk_open_nothing(blobs: BlobStore, name: str) -> None
     assert await blobs.open(name) is None
 
 
-async def test_only_what_is_old_expires(blobs: BlobStore, tmp_path: Path) -> None:
+async def test_only_what_is_old_expires(backend: Backend) -> None:
+    blobs = backend.blobs
     for blob in ("old", "task-old/0", "new", "task-new/0"):
         await blobs.keep_file(blob, FakePayload(CONTENT))
-    for old in (tmp_path / "blobs").glob("*old*"):
-        os.utime(old, (1_000, 1_000))
+    for old in ("old", "task-old/0"):
+        backend.age(old, 1_000_000)
 
     assert await blobs.expire(1_000_000) == 0
     assert await blobs.expire(1_000_001) == 2

@@ -29,6 +29,7 @@ from gateway.settings import (
     CATALOGUE_KEYS,
     GATEWAY_KEYS,
     ConfigError,
+    ObjectStore,
     Settings,
     json_schema,
     load_settings,
@@ -476,13 +477,73 @@ def test_nothing_secret_is_shown_when_settings_are_printed(tmp_path: Path) -> No
         "IMAGEWAY__UPSTREAM__ONE__CREDENTIAL": "hidden-2",
         "IMAGEWAY__STORAGE__DATABASE": "postgresql://u:hidden-3@db/x",
         "IMAGEWAY__STORAGE__REDIS": "redis://:hidden-4@cache",
+        "IMAGEWAY__STORAGE__RESULTS": "s3://pictures/gateway",
+        "IMAGEWAY__STORAGE__RESULTS_ACCESS_KEY": "hidden-5",
+        "IMAGEWAY__STORAGE__RESULTS_SECRET_KEY": "hidden-6",
     }
 
     settings = load(tmp_path, env=env)
 
     assert settings.server.admin_key == "hidden-1"
     assert settings.storage.database == "postgresql://u:hidden-3@db/x"
+    assert settings.storage.results == ObjectStore(
+        "s3://pictures/gateway", "", "", "hidden-5", "hidden-6"
+    )
     assert "hidden" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("storage", "path", "said"),
+    [
+        ('results = "s3://"', "results", "must be s3://bucket"),
+        ('results = "s3://b"', "results", "must be s3://bucket"),
+        ('results = "s3://key:hidden@bucket"', "results", "holds a password"),
+        ('results = "s3://bucket/../x"', "results", "must be s3://bucket"),
+        ('results = "s3://bucket?x=1"', "results", "must be s3://bucket"),
+        ('results = "http://bucket"', "results", "must be disk, a URL"),
+        ('results_endpoint = "http://s3:9"', "results_endpoint", "s3:// only"),
+        (
+            'results = "gs://bucket"\nresults_region = "eu"',
+            "results_region",
+            "s3:// only",
+        ),
+        (
+            'results = "s3://bucket"\nresults_access_key = "env:KEY"',
+            "results_secret_key",
+            "is missing beside the access key",
+        ),
+        (
+            (
+                'results = "s3://bucket"\nresults_secret_key = "env:NOT_SET"\n'
+                'results_access_key = "env:KEY"'
+            ),
+            "results_secret_key",
+            "the environment variable NOT_SET is not set",
+        ),
+        (
+            'results = "s3://bucket"\nresults_secret_key = "hidden"',
+            "results_secret_key",
+            "must be env:NAME or file:/path",
+        ),
+    ],
+)
+def test_where_pictures_are_kept_is_checked(
+    tmp_path: Path, storage: str, path: str, said: str
+) -> None:
+    config = f"[storage]\n{storage}\n{UPSTREAM}"
+
+    (problem,) = problems(tmp_path, config, env={"KEY": "an id"})
+
+    assert problem.startswith(f"gateway.toml: storage.{path}: ")
+    assert said in problem
+    assert "hidden" not in problem
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/a/b", "az://container", "s3://bucket/"])
+def test_pictures_may_be_kept_in_any_of_three_stores(tmp_path: Path, url: str) -> None:
+    settings = load(tmp_path, f'[storage]\nresults = "{url}"\n{UPSTREAM}')
+
+    assert settings.storage.results == ObjectStore(url, "", "", "", "")
 
 
 def test_a_password_in_the_file_is_refused_and_not_repeated(tmp_path: Path) -> None:
