@@ -28,12 +28,15 @@ test: setup-dev $(CLIENTS)/node_modules/.done ## Run every test
 chaos: setup-dev ## Kill workers and ask for too much, for minutes, and see that nothing is lost
 	$(BIN)/python -m pytest -q -s --whole -o timeout=1200 tests/chaos $(ARGS)
 
-check: setup-dev ## Format, lint, types, import contracts, configuration
+check: setup-dev ## Format, lint, types, import contracts, configuration, image, compose
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/imageway check
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+	@if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint --failure-threshold style Dockerfile && echo "Dockerfile: ok"; \
+	else echo "Dockerfile: not linted, there is no hadolint for this machine" >&2; fi
 
 format: setup-dev ## Format the sources
 	$(BIN)/ruff format $(SOURCES)

@@ -179,16 +179,20 @@ class Metrics:
                 self._on_breaker(event)
             case UpstreamChanged():
                 self._on_upstream(event)
-            case StoreChanged():
-                self._store_away.set(event.state == "away")
-            case WebhookTried():
-                self._webhooks(event.outcome).inc()
+            case StoreChanged() | WebhookTried():
+                self._on_other(event)
             case HoldRefused() | RequestShed() | PressureChanged():
                 self._on_refusal(event)
 
     def render(self) -> tuple[bytes, str]:
         """Write all metrics in Prometheus' text format; with its media type."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
+
+    def _on_other(self, event: StoreChanged | WebhookTried) -> None:
+        if isinstance(event, StoreChanged):
+            self._store_away.set(event.state == "away")
+        else:
+            self._webhooks(event.outcome).inc()
 
     def _on_breaker(self, event: BreakerChanged) -> None:
         self._show_state(event.offer_id, event.state)
