@@ -152,11 +152,15 @@ class Bucket:
 
     async def look(self) -> None:
         """Find out how the store is, by writing to it."""
-        with suppress(StoreAwayError):
-            async with self.writing(self.patience.look_s):
+        try:
+            async with self.putting(self.patience.look_s):
                 await obstore.put_async(
                     self.store, f"{self.folder}/alive", b"", use_multipart=False
                 )
+        except StoreAwayError as error:
+            self._know(str(error.__cause__))
+        else:
+            self._know(None)
 
     async def glance(self) -> str | None:
         """Say what is wrong, as far as can be seen without writing."""
@@ -168,19 +172,18 @@ class Bucket:
         return None
 
     @asynccontextmanager
-    async def writing(self, at_most_s: float) -> AsyncIterator[None]:
-        """Do something that tells how the store is.
+    async def putting(self, at_most_s: float) -> AsyncIterator[None]:
+        """Ask the store to take something.
 
         Raises:
-            StoreAwayError: it failed, or took too long.
+            StoreAwayError: as ``asking``, or there is no bucket to put it into.
         """
         try:
             async with self.asking(at_most_s):
                 yield
-        except StoreAwayError as error:
-            self._know(str(error.__cause__))
-            raise
-        self._know(None)
+        except FileNotFoundError as error:
+            sentence = f"there is no bucket {self.address.bucket}: make it"
+            raise store_away() from _TroubleError(sentence, error)
 
     @asynccontextmanager
     async def asking(self, at_most_s: float) -> AsyncIterator[None]:
@@ -360,24 +363,34 @@ class ObjectBlobs:
         Raises:
             StoreAwayError: the store does not take it.
         """
-        bucket, key, parts = self.bucket, self._key(blob), _parts(content)
-        async with bucket.puts:
-            first = await asyncio.to_thread(next, parts, b"")
-            if len(first) < PART_BYTES:
-                async with bucket.writing(bucket.patience.call_s):
-                    await obstore.put_async(
-                        bucket.store, key, first, use_multipart=False
-                    )
-                return len(first)
-            return await self._keep_long(key, first, parts)
+        bucket = self.bucket
+        if await bucket.trouble() is not None:
+            raise store_away()  # nobody waits to be told the same
+        try:
+            return await self._put(self._key(blob), content)
+        except StoreAwayError:
+            # One that failed says little of the others: they wait for this answer.
+            await bucket.look()
+            raise
 
-    async def _keep_long(self, key: str, part: bytes, parts: Iterator[bytes]) -> int:
-        bucket, size_bytes = self.bucket, 0
+    async def _put(self, key: str, content: Payload) -> int:
+        bucket, parts = self.bucket, _parts(content)
+        is_long = content.size_bytes >= PART_BYTES
+        at_most_s = bucket.patience.upload_s if is_long else bucket.patience.call_s
+        async with bucket.putting(at_most_s), bucket.puts:
+            first = await asyncio.to_thread(next, parts, b"")
+            if len(first) == PART_BYTES:
+                return await self._put_parts(key, first, parts)
+            await obstore.put_async(bucket.store, key, first, use_multipart=False)
+            return len(first)
+
+    async def _put_parts(self, key: str, part: bytes, parts: Iterator[bytes]) -> int:
+        size_bytes = 0
         writer = obstore.open_writer_async(
-            bucket.store, key, buffer_size=PART_BYTES, max_concurrency=1
+            self.bucket.store, key, buffer_size=PART_BYTES, max_concurrency=1
         )
         # Whatever ends it early, its cancellation too, takes back what is up there.
-        async with bucket.writing(bucket.patience.upload_s), writer:
+        async with writer:
             while part:
                 await writer.write(part)
                 size_bytes += len(part)
@@ -418,15 +431,13 @@ class ObjectBlobs:
 
         Then a link is given that may work later, rather than none.
         """
+        bucket = self.bucket
         try:
-            async with (
-                self.bucket.gets,
-                self.bucket.asking(self.bucket.patience.call_s),
-            ):
-                await obstore.head_async(self.bucket.store, self._key(blob))
+            async with bucket.asking(bucket.patience.call_s), bucket.gets:
+                await obstore.head_async(bucket.store, self._key(blob))
         except FileNotFoundError:
             # Of a bucket that is not there this says the same.
-            return await self.bucket.trouble() is not None
+            return await bucket.trouble() is not None
         except StoreAwayError:
             return True
         return True
@@ -467,7 +478,7 @@ async def _fetch(
     options: GetOptions = {"range": (start, stop)}
     if tag is not None:
         options["if_match"] = tag
-    async with bucket.gets, bucket.asking(bucket.patience.call_s):
+    async with bucket.asking(bucket.patience.call_s), bucket.gets:
         found = await obstore.get_async(bucket.store, key, options=options)
         return found.meta, bytes(await found.bytes_async())
 

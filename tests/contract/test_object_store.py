@@ -7,13 +7,16 @@ import base64
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
 from gateway.adapters.objects import (
+    GETS_MAX,
     PART_BYTES,
     PATIENCE,
+    PUTS_MAX,
     WINDOW_MAX_BYTES,
     WINDOW_MIN_BYTES,
     WINDOWS_BYTES,
@@ -159,15 +162,16 @@ async def test_an_upload_that_is_given_up_is_taken_back(s3: S3Server) -> None:
 
 async def test_an_upload_that_takes_too_long_is_taken_back(s3: S3Server) -> None:
     name = s3.new_bucket()
-    patience = Patience(upload_s=0.5)
+    patience = Patience(call_s=0.5)
     blobs = ObjectBlobs(open_bucket(s3, name, patience=patience), "results")
 
-    with pytest.raises(StoreAwayError):
+    with pytest.raises(StoreAwayError) as refused:
         await blobs.keep_file("task-1/0", _Endless(b""))
 
     assert s3.keys(name) == []
     assert s3.unfinished(name) == []
-    assert "within 0.5 s" in (await blobs.bucket.trouble() or "")
+    assert "does not answer within 0.5 s" in str(refused.value.__cause__)
+    assert await blobs.bucket.trouble() is None  # it takes other pictures
 
 
 UPLOADING = """
@@ -342,19 +346,48 @@ async def test_a_store_that_is_down_is_told_and_back_once_it_answers() -> None:
     assert told == [StoreChanged("away", trouble)]
 
 
-async def test_trouble_ends_with_the_first_picture_that_is_taken(s3: S3Server) -> None:
-    name = s3.new_bucket()
+async def test_a_picture_that_is_refused_tells_of_trouble_until_a_look_succeeds(
+    s3: S3Server,
+) -> None:
+    name = f"{s3.new_bucket()}-not-yet"
     told: list[Event] = []
-    address = Address(f"s3://{name}-not-yet", s3.url, "", "id", "secret")
+    address = Address(f"s3://{name}", s3.url, "", "id", "secret")
     bucket = Bucket(address, SECRET, told.append)
-    await bucket.look()
-    assert await bucket.trouble() is not None
+    blobs = ObjectBlobs(bucket, "results")
 
-    s3.call("PUT", f"/{name}-not-yet")
-    await ObjectBlobs(bucket, "results").keep_file("a", FakePayload(b"a picture"))
+    with pytest.raises(StoreAwayError):
+        await blobs.keep_file("a", FakePayload(b"a picture"))
+    trouble = await bucket.trouble()
+    s3.call("PUT", f"/{name}")
+    s3.requests.clear()
+    with pytest.raises(StoreAwayError):
+        await blobs.keep_file("a", FakePayload(b"a picture"))
+    asked_meanwhile = list(s3.requests)
+    await bucket.look()
+    await blobs.keep_file("a", FakePayload(b"a picture"))
+
+    assert trouble == f"there is no bucket {name}: make it, or correct storage.results"
+    assert asked_meanwhile == []
+    assert await bucket.trouble() is None
+    assert told == [StoreChanged("away", trouble), StoreChanged("back")]
+
+
+async def test_who_waits_for_a_turn_is_not_kept_waiting_for_ever(s3: S3Server) -> None:
+    bucket = open_bucket(s3, s3.new_bucket(), patience=Patience(call_s=0.3))
+    blobs = ObjectBlobs(bucket, "results")
+    await blobs.keep_file("a", FakePayload(b"a picture"))
+
+    async with AsyncExitStack() as others:
+        for turns, count in ((bucket.puts, PUTS_MAX), (bucket.gets, GETS_MAX)):
+            for _ in range(count):
+                await others.enter_async_context(turns)
+        with pytest.raises(StoreAwayError):
+            await blobs.keep_file("b", FakePayload(b"a picture"))
+        with pytest.raises(StoreAwayError):
+            await blobs.open("a")
 
     assert await bucket.trouble() is None
-    assert [e.state for e in told if isinstance(e, StoreChanged)] == ["away", "back"]
+    await blobs.keep_file("b", FakePayload(b"a picture"))
 
 
 def test_the_library_is_loaded_only_where_it_is_used(tmp_path: Path) -> None:
