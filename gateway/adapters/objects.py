@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from obstore.store import S3Config
 
 PART_BYTES = 8 * 1024 * 1024
-"""Of a picture on its way up; so much of each lies in memory, at most twice."""
+"""Of a picture on its way up; so much of each lies in memory, at most three times."""
 PUTS_MAX = 8
 GETS_MAX = 64
 WINDOW_MIN_BYTES = 64 * 1024
@@ -333,6 +333,8 @@ class ObjectBlob:
             _, self._window = await _fetch(bucket, self._key, offset, stop, self._tag)
         except FileNotFoundError as error:
             raise store_away() from error  # deleted while it was read
+        if not self._window:
+            raise store_away()  # shorter than the store said
         self._start = offset
 
 
@@ -412,7 +414,10 @@ class ObjectBlobs:
             )
         except FileNotFoundError:
             return None
-        opened = ObjectBlob(self.bucket, key, meta["size"], meta["e_tag"])
+        tag = meta["e_tag"]
+        if tag is not None and tag.startswith("W/"):
+            tag = None  # a weak one matches nothing (RFC 9110, 13.1.1)
+        opened = ObjectBlob(self.bucket, key, meta["size"], tag)
         opened.begin(start)
         return opened
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -16,13 +16,15 @@ from gateway.core.errors import (
     InvalidRequestError,
     RateLimitedError,
     ServiceUnavailableError,
+    StoreAwayError,
+    store_away,
 )
 from gateway.core.events import HoldRefused, TaskFinished
 from gateway.core.ledger import Balance
 from gateway.core.pricing import hold_nanocredits
 from gateway.core.requests import ImageRequest, parse_generation
 from gateway.core.tasks import HOLD_KEPT_MS, AttemptState, TaskState
-from gateway.flows.generate import Accepted, Generate
+from gateway.flows.generate import STORE_AWAY_MAX_MS, Accepted, Generate, Later
 from gateway.flows.recovery import Recovery
 from gateway.flows.results import Results
 from gateway.flows.tasks import TaskView
@@ -33,6 +35,7 @@ from providers.kit.contract import (
     Done,
     FailureKind,
     ImageJob,
+    MadeImage,
     Partial,
     ProviderError,
     Usage,
@@ -48,6 +51,7 @@ from tests.fakes import (
     delivered,
 )
 from tests.flows.stories import CENT, Shop
+from tests.virtual_time import LoopClock
 
 PRICE = TokenPrice(306_000, 76_500, 489_600, 122_400, 1_836_000)
 VARIANT = Variant("gpt-image-2", PRICE, {"low": 16, "medium": 48, "high": 96})
@@ -307,6 +311,69 @@ async def test_a_key_is_kept_when_the_disk_was_full_after_the_purchase() -> None
         await counter.order(links=True)
 
     assert counter.store.keys_forgotten == []
+
+
+@dataclass
+class AwayBlobs(MemoryBlobs):
+    """A store that is away for so many seconds from the start."""
+
+    clock: LoopClock = field(default_factory=LoopClock)
+    away_s: int = 0
+
+    async def keep(
+        self, blob: str, image: MadeImage, *, as_it_came: bool = False
+    ) -> int:
+        if self.clock.monotonic_ms() < self.away_s * 1_000:
+            raise store_away()
+        return await MemoryBlobs.keep(self, blob, image, as_it_came=as_it_came)
+
+
+async def order_later(counter: Counter) -> TaskView:
+    task_id = counter.generate.new_task_id()
+    accepted = await counter.generate.accept(
+        task_id, counter.request(), KEY, later=Later("https://gateway.test")
+    )
+    assert isinstance(accepted, Accepted)
+    return await counter.generate.carry_out(accepted, links=True)
+
+
+def with_store_away(seconds: int) -> Counter:
+    counter = Counter(cheap=ScriptedProvider(delivered(usage=USAGE)))
+    results = Results(AwayBlobs(away_s=seconds), counter.shop.clock)
+    counter.generate = replace(counter.generate, results=results)
+    return counter
+
+
+async def test_what_an_async_task_bought_waits_for_a_store_that_is_away() -> None:
+    counter = with_store_away(seconds=590)
+
+    view = await order_later(counter)
+
+    assert view.charged_nanocredits == CHARGE
+    assert len(view.pictures) == 1
+    assert counter.shop.clock.monotonic_ms() == 590_000
+
+
+async def test_it_waits_ten_minutes_and_then_costs_nothing() -> None:
+    counter = with_store_away(seconds=900)
+
+    with pytest.raises(StoreAwayError) as refused:
+        await order_later(counter)
+
+    assert refused.value.code == "storage_unavailable"
+    assert counter.store.balance == RICH
+    assert counter.store.waste_nanousd == CENT
+    assert counter.shop.clock.monotonic_ms() == STORE_AWAY_MAX_MS
+
+
+async def test_who_waits_for_links_in_the_answer_is_told_at_once() -> None:
+    counter = with_store_away(seconds=1)
+
+    with pytest.raises(StoreAwayError):
+        await counter.order(links=True)
+
+    assert counter.store.balance == RICH
+    assert counter.shop.clock.monotonic_ms() == 0
 
 
 async def test_a_busy_store_is_asked_again_to_settle_what_was_bought() -> None:
