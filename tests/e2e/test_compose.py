@@ -152,6 +152,7 @@ def test_nothing_starts_before_what_it_needs_is_well() -> None:
     waits = {name: service(name).get("depends_on", {}) for name in SERVICES}
 
     assert set(waits["gateway"]) == {"postgres", "redis", "s3"}
+    assert waits["prometheus"] == {}  # it is to see a gateway that does not start
     for needs in waits.values():
         assert {need["condition"] for need in needs.values()} <= {"service_healthy"}
 

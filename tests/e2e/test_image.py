@@ -23,7 +23,7 @@ import pytest
 
 from tests.e2e.images import ROOT, Image, allowed, read_steps
 
-START_MAX_S = 60
+START_MAX_S = 120
 NOBODY = 10_001
 """The user of the image."""
 PORT_OF_IMAGE = 8080
@@ -110,7 +110,11 @@ class Container:
         """Run the image's health check."""
         command = [*self.image.command("HEALTHCHECK"), "--url", self.url]
         done = subprocess.run(
-            command, check=False, capture_output=True, timeout=8, **self.options
+            command,
+            check=False,
+            capture_output=True,
+            timeout=START_MAX_S,
+            **self.options,
         )
         return done.returncode == 0
 

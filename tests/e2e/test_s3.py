@@ -16,7 +16,7 @@ from tests.e2e.test_files import PNG
 from tests.e2e.test_tasks import BODY, LATER, NAMES, PATH, bought, ended, made
 from tests.object_store import S3Server, running_s3
 
-WAIT_MAX_S = 30
+WAIT_MAX_S = 60
 UPLOADS = "/api/v1/files/upload/base64"
 
 
