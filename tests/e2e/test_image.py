@@ -156,7 +156,7 @@ def test_what_the_image_holds_serves_as_nobody_with_nothing_to_write_but_its_vol
         running.send_signal(getattr(signal, image.facts["STOPSIGNAL"]))
         _, logged = running.communicate(timeout=30)
 
-    assert ready.json()["checks"] == {"database": "ok", "disk": "ok"}
+    assert set(ready.json()["checks"].values()) == {"ok"}
     assert running.returncode == 0, logged
     assert listed(image.place("/opt")) == before
     data = image.place(image.env["IMAGEWAY_DATA_DIR"])
