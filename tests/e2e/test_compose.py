@@ -14,6 +14,7 @@ import yaml  # type: ignore[import-untyped]
 from gateway.settings import ObjectStore, Settings, load_settings
 from gateway.workers import DRAIN_MAX_S
 from providers.registry import PROVIDERS
+from tests.e2e.gateways import command
 from tests.e2e.images import ROOT, Step, read_steps
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::([-?])([^}]*))?\}")
@@ -244,3 +245,17 @@ def test_prometheus_finds_the_gateway_and_grafana_finds_prometheus() -> None:
                 service("prometheus")["command"] + service("alertmanager")["command"]
             )
             assert f"--config.file={name}" in commands
+
+
+# --- what takes PostgreSQL and Redis ---
+
+
+def test_a_gateway_of_this_version_takes_the_configuration_of_compose(
+    tmp_path: Path,
+) -> None:
+    env = operators_env()
+
+    checked = command("check", "--data-dir", str(tmp_path), cwd=None, **env)
+
+    assert checked.code == 0, checked.err
+    assert "ok: 3 upstreams" in checked.out
