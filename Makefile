@@ -10,7 +10,7 @@ DATA_DIR ?= data
 CLIENTS := tests/clients
 SOURCES := gateway providers tests bench
 
-.PHONY: help setup setup-dev serve test chaos check format bench simulate simulators lock clean
+.PHONY: help setup setup-dev engines serve test chaos check format bench simulate simulators lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -22,7 +22,7 @@ setup-dev: $(VENV)/.dev ## Make .venv with what the tests need too
 serve: setup ## Run the gateway (HOST, PORT, DATA_DIR)
 	@exec $(BIN)/imageway serve --host $(HOST) --port $(PORT) --data-dir $(DATA_DIR)
 
-test: setup-dev $(CLIENTS)/node_modules/.done ## Run every test
+test: setup-dev engines $(CLIENTS)/node_modules/.done ## Run every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
 
 chaos: setup-dev ## Kill workers and ask for too much, for minutes, and see that nothing is lost
@@ -84,6 +84,20 @@ $(VENV)/.run: requirements/run.txt pyproject.toml | $(VENV)/bin/python
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.run
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	@touch $@
+
+# PostgreSQL, which tests start for themselves. Without it their tests are skipped, but
+# not in CI. Nothing is left running: Debian would start it at once.
+ENGINES := $(shell ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || command -v postgres >/dev/null || echo postgresql)
+engines:
+ifneq ($(ENGINES),)
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -q && RUNLEVEL=1 apt-get install -qy --no-install-recommends $(ENGINES); \
+	elif [ -n "$$CI" ]; then \
+	  echo "The tests need $(ENGINES) (Debian: apt-get install $(ENGINES))" >&2; exit 1; \
+	else \
+	  echo "What needs $(ENGINES) is not tested (Debian: apt-get install $(ENGINES))" >&2; \
+	fi
+endif
 
 # The official JavaScript clients. Without Node their tests are skipped, but not in CI.
 $(CLIENTS)/node_modules/.done: $(CLIENTS)/package-lock.json $(CLIENTS)/package.json
