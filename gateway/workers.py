@@ -190,16 +190,20 @@ class Worker:
 
     async def _claimed(self) -> Claimed | None:
         try:
-            return await self.queue.claim(
+            claimed = await self.queue.claim(
                 now_ms=self.clock.now_ms(),
                 lease_ms=LEASE_MS,
                 held=frozenset(self._running),  # the store reads it in its own time
                 full=self._full(),
             )
-        except ServiceUnavailableError as error:
+            if claimed is not None and self._stopped:
+                await self.queue.release(claimed.record.id, claimed.fence)
+                return None
+        except Exception as error:  # noqa: BLE001 - a supervisor: the next try may do
             self.crashed(error, "claiming a task")
             await self.clock.sleep(POLL_EVERY_S)
             return None
+        return claimed
 
     def _full(self) -> list[str]:
         # The last places of all are for variants with few tasks: a variant with a place

@@ -69,12 +69,19 @@ class Line:
     held: list[Collection[str]] = field(default_factory=list)
     """What was held at each claim."""
     released: list[tuple[str, int]] = field(default_factory=list)
+    takes_s: float = 0.0
+    """How long each claim takes."""
+    troubles: list[Exception] = field(default_factory=list)
+    """What the next claims end with."""
     times_ms: list[int] = field(default_factory=list)
 
     async def claim(
         self, *, now_ms: int, lease_ms: int, held: Collection[str], full: list[str]
     ) -> Claimed | None:
         self.held.append(held)
+        await asyncio.sleep(self.takes_s)
+        if self.troubles:
+            raise self.troubles.pop(0)
         for claimed in self.waiting:
             if claimed.record.variant not in full:
                 self.waiting.remove(claimed)
@@ -279,6 +286,34 @@ async def test_who_is_stopped_takes_nothing_more_and_ends_what_was_taken() -> No
     assert await worker.drain(60) == 0
     assert office.task(first.record.id).state is TaskState.COMPLETED
     assert office.line.waiting == [second]
+
+
+async def test_what_is_claimed_while_a_worker_is_stopped_is_let_go_of() -> None:
+    cheap = working()
+    office = Office(Counter(cheap=cheap), Line(takes_s=2))
+    task = await office.claimed()
+    office.line.waiting = [task]
+    worker = office.worker()
+    running = await carrying(worker)
+
+    worker.stop()
+    await asyncio.wait_for(running, 5)
+
+    assert worker.in_flight == 0
+    assert office.line.released == [(task.record.id, FENCE)]
+    assert cheap.jobs == []
+
+
+async def test_a_claim_that_goes_wrong_is_told_and_tried_again() -> None:
+    office = Office(Counter(cheap=taking(20)))
+    office.line.troubles = [StoreBusyError("busy"), ValueError("a row nobody expected")]
+    office.line.waiting = [await office.claimed()]
+    worker = office.worker()
+
+    await carrying(worker, 5)
+
+    assert [type(error) for error in office.crashes] == [StoreBusyError, ValueError]
+    assert worker.in_flight == 1
 
 
 async def test_what_only_waits_for_a_job_is_handed_over_and_polled_on() -> None:
