@@ -528,8 +528,8 @@ class Processes(Protocol):
         """Take all off: whoever calls this knows that nobody else is alive."""
         ...
 
-    async def forget_lost(self, *, before_ms: int) -> int:
-        """Take those off that were not heard of since.
+    async def forget_lost(self, *, before_ms: int, but: str) -> int:
+        """Take those off that were not heard of since, ``but`` the one that asks.
 
         Their sync tasks that have a job can be claimed from then on; returns how many.
         """

@@ -202,8 +202,9 @@ class FakeProcesses:
     async def clear(self) -> None:
         self.seen.clear()
 
-    async def forget_lost(self, *, before_ms: int) -> int:
-        for process_id in [p for p, ms in self.seen.items() if ms < before_ms]:
+    async def forget_lost(self, *, before_ms: int, but: str) -> int:
+        late = [p for p, ms in self.seen.items() if ms < before_ms and p != but]
+        for process_id in late:
             del self.seen[process_id]
         return 0
 

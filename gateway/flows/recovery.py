@@ -47,11 +47,14 @@ class Recovery:
 
     async def beat(self) -> None:
         """Say that this process is alive."""
-        await self.processes.beat(self.process_id, now_ms=self.clock.now_ms())
+        await self._say_alive()
         now_ms = self.clock.monotonic_ms()
         timely = now_ms - self._beaten_ms < LOST_AFTER_MS // 3
         self._beats = self._beats + 1 if timely else 1
         self._beaten_ms = now_ms
+
+    async def _say_alive(self) -> None:
+        await self.processes.beat(self.process_id, now_ms=self.clock.now_ms())
 
     async def lost(self) -> int:
         """Close the tasks of processes that are gone; returns their number.
@@ -61,8 +64,10 @@ class Recovery:
         """
         if self._beats < BEATS_BEFORE_JUDGING:
             return 0
+        # The last beat is long ago where the clock was set, or the machine slept.
+        await self._say_alive()
         before_ms = self.clock.now_ms() - LOST_AFTER_MS
-        await self.processes.forget_lost(before_ms=before_ms)
+        await self.processes.forget_lost(before_ms=before_ms, but=self.process_id)
         return await self._close_lost()
 
     async def leave(self) -> None:

@@ -25,7 +25,7 @@ from gateway.core.pricing import hold_nanocredits
 from gateway.core.requests import ImageRequest, parse_generation
 from gateway.core.tasks import HOLD_KEPT_MS, AttemptState, TaskState
 from gateway.flows.generate import STORE_AWAY_MAX_MS, Accepted, Generate, Later
-from gateway.flows.recovery import Recovery
+from gateway.flows.recovery import BEATS_BEFORE_JUDGING, Recovery
 from gateway.flows.results import Results
 from gateway.flows.tasks import TaskView
 from gateway.ports import Key, NewAttempt
@@ -585,6 +585,21 @@ async def test_recovery_closes_more_tasks_than_one_batch_holds() -> None:
 
     assert await recovery_of(counter).after_start(alone=True) == 450
     assert counter.store.balance == RICH
+
+
+async def test_a_process_whose_clock_is_set_forward_is_not_lost_to_itself() -> None:
+    counter = Counter(cheap=ScriptedProvider(delivered()))
+    recovery = recovery_of(counter)
+    there = FakeProcesses()
+    recovery.processes = there
+    for _ in range(BEATS_BEFORE_JUDGING):
+        await recovery.beat()
+    there.seen = dict.fromkeys(("this", "gone"), 0)
+
+    await recovery.lost()
+
+    assert set(there.seen) == {"this"}
+    assert there.seen["this"] == counter.shop.clock.now_ms()
 
 
 async def test_while_serving_only_what_is_long_overdue_is_closed() -> None:

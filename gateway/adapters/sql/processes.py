@@ -34,13 +34,15 @@ class SqlProcesses:
         """See ``Processes``."""
         await self.database.write(lambda tx: tx.run("DELETE FROM processes"))
 
-    async def forget_lost(self, *, before_ms: int) -> int:
+    async def forget_lost(self, *, before_ms: int, but: str) -> int:
         """See ``Processes``."""
-        return await self.database.write(lambda tx: _forget_lost(tx, before_ms))
+        return await self.database.write(lambda tx: _forget_lost(tx, before_ms, but))
 
 
-async def _forget_lost(tx: Transaction, before_ms: int) -> int:
-    await tx.run("DELETE FROM processes WHERE seen_ms < $1", before_ms)
+async def _forget_lost(tx: Transaction, before_ms: int, but: str) -> int:
+    await tx.run(
+        "DELETE FROM processes WHERE seen_ms < $1 AND id <> $2", before_ms, but
+    )
     # What has a job to be found again can be claimed by any worker from now on.
     return await tx.run(
         """UPDATE tasks SET lease_until_ms = 0
