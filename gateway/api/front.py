@@ -49,7 +49,7 @@ class Front:
             received_s=self.clock.now_ms() // 1000,
         )
         cast("dict[str, object]", scope)[NOTE] = note
-        answer = _Answer(send, note, self.clock, last=self.leaving())
+        answer = _Answer(send, note, self.clock, self.leaving)
         try:
             await self._handle(scope, receive, answer, note)
         finally:
@@ -98,12 +98,16 @@ class _Answer:
     """The way out: adds the headers that every answer has."""
 
     def __init__(
-        self, send: Send, note: RequestNote, clock: Clock, *, last: bool
+        self,
+        send: Send,
+        note: RequestNote,
+        clock: Clock,
+        leaving: Callable[[], bool],
     ) -> None:
         self._send = send
         self._note = note
         self._clock = clock
-        self._last = last
+        self._leaving = leaving
         self.started = False
         self.status = 499
 
@@ -120,7 +124,7 @@ class _Answer:
             }
             if self._note.task_id is not None:
                 extra["x-task-id"] = self._note.task_id
-            if self._last:
+            if self._leaving():
                 extra["connection"] = "close"
             raw = [(k.encode(), v.encode("latin-1")) for k, v in extra.items()]
             message["headers"] = [*message["headers"], *raw]
