@@ -82,7 +82,7 @@ from gateway.flows.webhooks import DeliverWebhooks
 from gateway.ports import BlobStore, Clock, Fetcher, Sender, TaskRecord, Tunable
 from gateway.serving import Leaving, listen
 from gateway.settings import Settings, load_settings
-from gateway.workers import DRAIN_MAX_S, Loops, TaskRunner, Worker
+from gateway.workers import Loops, TaskRunner, Worker
 from providers.kit.contract import Provider
 from providers.kit.spool import SpoolFolder
 from providers.kit.wire import Tools, Wire
@@ -96,7 +96,6 @@ WEBHOOKS_EVERY_S = 1.0
 DRAINS_EVERY_S = 1.0
 LOOK_EVERY_S = 5.0
 CONNECTIONS_SPARE = 1.1
-HAND_OVER_EVERY_S = 2.0
 WORKING_MAX_TASKS = 512
 TASK_KEPT_MS = 30 * 24 * 3600 * 1000
 FORGET_AT_ONCE = 200
@@ -138,31 +137,27 @@ class Gateway:
         await asyncio.gather(self.loops.run(), self.worker.run())
 
     async def leave(self) -> None:
-        """Take no further task, and let go of those that only wait for jobs."""
-        self.worker.stop()
-        await self.worker.hand_over()
+        """Take no further task; end, or let go of, all that were taken."""
+        await self.worker.leave()
 
-    async def close(self, *, at_once: bool = False) -> None:
-        """Let work end, unless ``at_once``; then give connections back."""
-        self.worker.stop()
-        late = self.runner.in_flight + self.worker.in_flight
-        if not at_once:
-            late = await self.runner.drain() + await self._worked_off()
-        if late:
+    async def drain(self) -> None:
+        """Wait until the work on requests has ended."""
+        await self.runner.drain()
+
+    async def close(self) -> None:
+        """Leave the other processes, and give connections back."""
+        if late := self.runner.in_flight + self.worker.in_flight:
             self.log.note("drain_timeout", tasks=late)
+        try:
+            # Who leaves requests unfinished is found to be lost once it is gone: they
+            # must not be closed by others while they may still end here.
+            if not self.runner.in_flight:
+                await self.recovery.leave()
+        except Exception as error:  # noqa: BLE001 - a supervisor: the rest is closed
+            self.log.on_crash(error, "leaving")
         for provider in self.providers.values():
             await provider.close()
         await self.wire.close()
-
-    async def _worked_off(self) -> int:
-        # A call that becomes a job meanwhile is let go of then.
-        late = self.worker.in_flight
-        for _ in range(int(DRAIN_MAX_S / HAND_OVER_EVERY_S)):
-            await self.worker.hand_over()
-            late = await self.worker.drain(HAND_OVER_EVERY_S)
-            if not late:
-                break
-        return late
 
 
 def connect_providers(

@@ -2,8 +2,8 @@
 
 SIGTERM: not ready any more, no further task is taken, those that wait for jobs are let
 go; requests are still taken for a while, for whoever balances load does not know yet.
-Then the port is closed and what is under way ends. SIGINT does not wait, and a second
-signal ends everything at once.
+Then the port is closed and what is under way ends, up to one deadline for all. SIGINT
+does not wait, and a second signal ends everything at once.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import uvloop
 from litestar.types import ASGIApp
 
 from gateway.books import StartError
-from gateway.workers import DRAIN_MAX_S
 
+DRAIN_MAX_S = 180.0
+"""From when the port is closed until nobody is waited for any more."""
 KEEP_ALIVE_S = 75
 BACKLOG = 2048
 WATCHED_MS = 60_000
@@ -74,11 +75,15 @@ class Served(Protocol):
         ...
 
     async def leave(self) -> None:
-        """Take no further task, and let go of those that others can carry on."""
+        """Take no further task; end, or let go of, all that were taken."""
         ...
 
-    async def close(self, *, at_once: bool = False) -> None:
-        """Let work end, unless ``at_once``; then give everything back."""
+    async def drain(self) -> None:
+        """Wait until the work on requests has ended."""
+        ...
+
+    async def close(self) -> None:
+        """Give everything back; what still goes on is lost."""
         ...
 
 
@@ -140,10 +145,15 @@ async def serve(
     try:
         await server.serve(sockets=[listening])
     finally:
-        beside.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await beside
-        await gateway.close(at_once=server.force_exit)
+        try:
+            await server.drain()
+        finally:
+            # Not before: what drains is to be seen alive by other processes.
+            beside.cancel()
+            await asyncio.wait({beside})
+            await gateway.close()
+    if not beside.cancelled():
+        beside.result()
 
 
 class _Server(uvicorn.Server):
@@ -159,19 +169,40 @@ class _Server(uvicorn.Server):
         self._ready = ready
         self._gateway = gateway
         self._left: asyncio.Future[None] | None = None
+        self._until_s = 0.0
+        self._draining: asyncio.Future[tuple[None, None]] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # The first signal lets what is under way end, the second does not.
         leaving = self._gateway.leaving
         if leaving.begun:
             self.force_exit = self.should_exit = True
+            self._until_s = 0.0
+            if self._draining is not None:
+                self._draining.cancel()
             return
-        leaving.begun = True
-        self._left = asyncio.ensure_future(self._gateway.leave())
         wait_s = 0.0
         if sig == signal.SIGTERM and leaving.watched:
             wait_s = self._gateway.leaving_s
+        self._leave(wait_s)
         asyncio.get_running_loop().call_later(wait_s, super().handle_exit, sig, frame)
+
+    def _leave(self, wait_s: float) -> asyncio.Future[None]:
+        self._gateway.leaving.begun = True
+        self._until_s = asyncio.get_running_loop().time() + wait_s + DRAIN_MAX_S
+        self._left = asyncio.ensure_future(self._gateway.leave())
+        return self._left
+
+    async def drain(self) -> None:
+        """Wait for what is under way, up to the deadline or a second signal."""
+        left = self._left or self._leave(0.0)  # a server that ended by itself
+        work = asyncio.gather(left, self._gateway.drain())
+        self._draining = work
+        end = asyncio.get_running_loop().call_at(self._until_s, work.cancel)
+        await asyncio.wait({work})
+        end.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            work.result()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -179,11 +210,9 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
+        # Heard until the loop is closed: after the last answer work is drained and
+        # books are closed, and a signal must not break that off.
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.handle_exit, number, None)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
+        yield

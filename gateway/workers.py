@@ -28,10 +28,10 @@ from gateway.flows.tasks import TaskView
 from gateway.ports import Claimed, Clock, NewTask, Queue, TaskRecord
 from providers.kit.contract import Partial
 
-DRAIN_MAX_S = 180.0
 LEASE_MS = 30_000
 RENEW_EVERY_S = 3.0
 POLL_EVERY_S = 1.0
+HAND_OVER_EVERY_S = 2.0
 PLACES_PER_SPARE = 32
 """Of so many places of a worker one is kept for variants with few tasks under way."""
 TAKE_UP_MIN_MS = 60_000
@@ -73,12 +73,10 @@ class TaskRunner:
         """How many tasks are under way."""
         return len(self._running)
 
-    async def drain(self) -> int:
-        """Wait for what is under way; returns how many did not end in time."""
-        if not self._running:
-            return 0
-        _, late = await asyncio.wait(self._running, timeout=DRAIN_MAX_S)
-        return len(late)
+    async def drain(self) -> None:
+        """Wait until nothing is under way."""
+        while self._running:
+            await asyncio.wait(self._running)
 
     def _over(self, work: asyncio.Task[TaskView]) -> None:
         self._running.discard(work)
@@ -163,6 +161,14 @@ class Worker:
             except TimeoutError:
                 continue
 
+    async def leave(self) -> None:
+        """Take no further task; end, or let go of, all that were taken."""
+        self.stop()
+        while self._running:
+            # A call that becomes a job meanwhile is let go of then.
+            await self.hand_over()
+            await self.drain(HAND_OVER_EVERY_S)
+
     async def drain(self, at_most_s: float) -> int:
         """Wait for what was taken; returns how many did not end in time."""
         if not self._running:
@@ -178,15 +184,22 @@ class Worker:
         """
         given = 0
         for task_id, held in list(self._running.items()):
-            with suppress(ServiceUnavailableError):
-                record = await self.generate.store.get(task_id)
-                if record is None or record.state.final or not _only_waits(record):
-                    continue
-                held.work.cancel()
-                await asyncio.wait({held.work})
-                await self.queue.release(task_id, held.fence)
-                given += 1
+            try:
+                given += await self._let_go(task_id, held)
+            except ServiceUnavailableError:
+                continue
+            except Exception as error:  # noqa: BLE001 - a supervisor: others may do
+                self.crashed(error, task_id)
         return given
+
+    async def _let_go(self, task_id: str, held: _Held) -> bool:
+        record = await self.generate.store.get(task_id)
+        if record is None or record.state.final or not _only_waits(record):
+            return False
+        held.work.cancel()
+        await asyncio.wait({held.work})
+        await self.queue.release(task_id, held.fence)
+        return True
 
     async def _claimed(self) -> Claimed | None:
         try:

@@ -346,6 +346,24 @@ async def test_what_only_waits_for_a_job_is_handed_over_and_polled_on() -> None:
     assert len(cheap.jobs) == 2
 
 
+async def test_who_leaves_lets_go_of_a_call_as_soon_as_it_is_a_job() -> None:
+    async def slow(_: ImageJob) -> Pending:
+        await asyncio.sleep(5)
+        return Pending("job-2", 50_000)
+
+    office = Office(Counter(cheap=ScriptedProvider(Pending("job-1", 50_000), slow)))
+    waits, calls = await office.claimed(), await office.claimed()
+    office.line.waiting = [waits, calls]
+    worker = office.worker(at_once=2)
+    await carrying(worker)
+
+    await asyncio.wait_for(worker.leave(), 10)
+
+    let_go = [(task.record.id, FENCE) for task in (waits, calls)]
+    assert office.line.released == let_go
+    assert worker.in_flight == 0
+
+
 async def test_a_store_that_is_away_while_tasks_are_handed_over_loses_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -358,10 +376,15 @@ async def test_a_store_that_is_away_while_tasks_are_handed_over_loses_none(
     async def away(_: str) -> TaskRecord | None:
         raise StoreBusyError("busy")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(office.counter.store, "get", away)
-        assert await worker.hand_over() == 0
+    async def broken(_: str) -> TaskRecord | None:
+        raise ValueError("a row nobody expected")
 
+    for trouble in (away, broken):
+        with monkeypatch.context() as patch:
+            patch.setattr(office.counter.store, "get", trouble)
+            assert await worker.hand_over() == 0
+
+    assert [type(error) for error in office.crashes] == [ValueError]
     assert await worker.drain(100) == 0
     assert office.task(task.record.id).state is TaskState.COMPLETED
 
