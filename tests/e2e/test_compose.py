@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 import pytest
 import yaml  # type: ignore[import-untyped]
 
+from gateway.serving import DRAIN_MAX_S
 from gateway.settings import ObjectStore, Settings, load_settings
-from gateway.workers import DRAIN_MAX_S
 from providers.registry import PROVIDERS
 from tests.e2e.gateways import command
 from tests.e2e.images import ROOT, Step, read_steps

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import signal
+import sqlite3
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -13,6 +17,7 @@ import pytest
 
 from gateway.serving import WATCHED_MS, Leaving
 from tests.e2e.gateways import LiveGateway
+from tests.e2e.test_tasks import NAMES
 
 PATH = "/v1/images/generations"
 BODY = {"prompt": "a fox", "size": "1024x1024", "quality": "low"}
@@ -106,6 +111,40 @@ def test_ctrl_c_and_a_second_signal_do_not_wait(gateway: LiveGateway) -> None:
     assert gateway.wait() == 0
     with pytest.raises(httpx.ConnectError):
         readiness(gateway)
+
+
+def test_a_second_signal_ends_the_wait_for_work_whose_client_is_gone(
+    gateway: LiveGateway,
+) -> None:
+    for name in NAMES:
+        gateway.sandbox(name, latency_ms=60_000)
+    with gateway.client() as client, pytest.raises(httpx.ReadTimeout):
+        client.post(PATH, json=BODY, timeout=2)
+    gateway.signal(signal.SIGINT)
+    with contextlib.suppress(httpx.HTTPError):
+        while readiness(gateway):
+            time.sleep(0.01)
+    time.sleep(1)  # the server has ended; the task goes on
+
+    gateway.signal()
+
+    assert gateway.wait() == 0
+    said = [json.loads(line)["event"] for line in gateway.logs]
+    assert said[-2:] == ["drain_timeout", "stopped"]
+
+
+def test_who_has_ended_everything_is_no_process_any_more(gateway: LiveGateway) -> None:
+    def processes() -> int:
+        with closing(sqlite3.connect(database)) as books:
+            found = books.execute("SELECT COUNT(*) FROM processes").fetchone()[0]
+        return int(found)
+
+    (database,) = gateway.data_dir.glob("*.db")
+    assert processes() == 1
+
+    assert gateway.stop() == 0
+
+    assert processes() == 0
 
 
 async def test_nobody_is_waited_for_who_has_not_asked_lately() -> None:
