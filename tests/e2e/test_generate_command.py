@@ -11,7 +11,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -506,6 +506,15 @@ def test_a_command_that_is_repeated_with_its_key_buys_nothing_more(
 # --- a terminal ---
 
 
+def written_to(terminal: int) -> str:
+    """Read all that a terminal was given, which comes in pieces, and close it."""
+    shown = b""
+    with os.fdopen(terminal, "rb", buffering=0) as seen, suppress(OSError):
+        while piece := seen.read(65_536):
+            shown += piece
+    return shown.decode()
+
+
 def test_a_terminal_gets_a_bar_and_stdout_stays_clean(
     shared_gateway: LiveGateway, folder: Path
 ) -> None:
@@ -521,8 +530,7 @@ def test_a_terminal_gets_a_bar_and_stdout_stays_clean(
             timeout=60,
             check=True,
         )
-    with os.fdopen(terminal, "rb", buffering=0) as seen:
-        shown = seen.read(65_536).decode()
+    shown = written_to(terminal)
 
     assert done.stdout == b"fox.png\n"
     assert "asking" in shown
