@@ -128,7 +128,6 @@ class Gateway:
     audit: Callable[[], Awaitable[None]]
     upstreams: Upstreams
     shelves: Shelves
-
     leaving: Leaving
     leaving_s: float
 

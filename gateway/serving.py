@@ -120,11 +120,16 @@ def event_loop() -> asyncio.AbstractEventLoop:
 
 
 async def serve(
-    gateway: Served, listening: socket.socket, ready: Callable[[], None]
+    gateway: Served,
+    listening: socket.socket,
+    ready: Callable[[], None],
+    *,
+    drain_max_s: float = DRAIN_MAX_S,
 ) -> None:
     """Serve until SIGTERM or SIGINT; then finish what is under way.
 
-    ``ready`` is called once requests are answered and signals are heard.
+    ``ready`` is called once requests are answered and signals are heard. Nothing is
+    waited for longer than ``drain_max_s`` after the port was closed.
     """
     config = uvicorn.Config(
         gateway.app,
@@ -136,12 +141,12 @@ async def serve(
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(DRAIN_MAX_S),
+        timeout_graceful_shutdown=int(drain_max_s),
     )
     # What it would log of requests is logged already, one canonical line each.
     logging.getLogger("uvicorn.error").disabled = True
     beside = asyncio.ensure_future(gateway.run())
-    server = _Server(config, ready, gateway)
+    server = _Server(config, ready, gateway, drain_max_s)
     try:
         await server.serve(sockets=[listening])
     finally:
@@ -163,11 +168,16 @@ class _Server(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, ready: Callable[[], None], gateway: Served
+        self,
+        config: uvicorn.Config,
+        ready: Callable[[], None],
+        gateway: Served,
+        drain_max_s: float,
     ) -> None:
         super().__init__(config)
         self._ready = ready
         self._gateway = gateway
+        self._drain_max_s = drain_max_s
         self._left: asyncio.Future[None] | None = None
         self._until_s = 0.0
         self._draining: asyncio.Future[tuple[None, None]] | None = None
@@ -189,7 +199,8 @@ class _Server(uvicorn.Server):
 
     def _leave(self, wait_s: float) -> asyncio.Future[None]:
         self._gateway.leaving.begun = True
-        self._until_s = asyncio.get_running_loop().time() + wait_s + DRAIN_MAX_S
+        now_s = asyncio.get_running_loop().time()
+        self._until_s = now_s + wait_s + self._drain_max_s
         self._left = asyncio.ensure_future(self._gateway.leave())
         return self._left
 

@@ -12,10 +12,9 @@ import httpx
 import pytest
 from litestar.types import Receive, Scope, Send
 
-from gateway import serving
 from gateway.api.front import Front
 from gateway.api.http import send_answer
-from gateway.serving import Leaving, listen, serve
+from gateway.serving import DRAIN_MAX_S, Leaving, listen, serve
 from tests.fakes import FakeChance, FakeEvents, StillClock
 
 
@@ -61,10 +60,14 @@ class Notes:
             raise ValueError(what)
 
 
-async def served(notes: Notes) -> list[str]:
+async def served(notes: Notes, drain_max_s: float = DRAIN_MAX_S) -> list[str]:
     """Serve until told to stop, which is as soon as it is ready."""
-    listening = listen("127.0.0.1", 0)
-    await serve(notes, listening, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    await serve(
+        notes,
+        listen("127.0.0.1", 0),
+        lambda: os.kill(os.getpid(), signal.SIGTERM),
+        drain_max_s=drain_max_s,
+    )
     return notes.seen
 
 
@@ -74,12 +77,8 @@ async def test_what_goes_on_beside_requests_does_until_all_is_drained() -> None:
     assert seen == ["runs", "left", "drained", "runs no more", "closed"]
 
 
-async def test_nobody_is_waited_for_after_the_deadline(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(serving, "DRAIN_MAX_S", 1.0)
-
-    seen = await served(Notes(never_drained=True))
+async def test_nobody_is_waited_for_after_the_deadline() -> None:
+    seen = await served(Notes(never_drained=True), drain_max_s=1.0)
 
     assert seen[-2:] == ["runs no more", "closed"]
 
