@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import uvloop
+
 from gateway.adapters.sql.accounts import SqlAccounts
 from gateway.adapters.sql.database import Database
 from gateway.adapters.sql.ledger import SqlLedger
@@ -49,6 +51,7 @@ async def pair(tasks: SqlTaskStore, task_id: str, tenant: str) -> None:
     await tasks.finish(
         TaskEnd(
             task_id=task_id,
+            tenant_id=tenant,
             state=TaskState.COMPLETED,
             finished_ms=1,
             due_nanocredits=HOLD_NANOCREDITS - 1,
@@ -134,7 +137,7 @@ def main() -> None:
     options.add_argument("--directory", type=Path, help="default: a temporary one")
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory(dir=chosen.directory) as directory:
-        asyncio.run(measure_all(Path(directory), chosen.workers, chosen.pairs))
+        uvloop.run(measure_all(Path(directory), chosen.workers, chosen.pairs))
 
 
 if __name__ == "__main__":

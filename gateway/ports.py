@@ -172,7 +172,8 @@ class TaskEnd:
     yet; one that is not among them and still open is booked as maybe billed.
     ``route_json`` None leaves the decision that was kept with the first attempt.
     ``forget_key`` frees the idempotency key: the client may try again. ``fence`` is
-    that of the claim; a stale one is refused.
+    that of the claim; a stale one is refused. With ``tenant_id`` those of one tenant
+    may be committed together.
     """
 
     task_id: str
@@ -188,6 +189,7 @@ class TaskEnd:
     results: tuple[StoredResult, ...] = ()
     forget_key: bool = False
     fence: int = 0
+    tenant_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,6 +161,10 @@ class ServiceUnavailableError(GatewayError):
     code = "service_unavailable"
 
 
+class OutcomeUnknownError(ServiceUnavailableError):
+    """What was asked for may have been done, or not."""
+
+
 def storage_full() -> ServiceUnavailableError:
     """Say that the disk takes no pictures."""
     return ServiceUnavailableError(

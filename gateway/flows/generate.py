@@ -369,6 +369,7 @@ class Generate:
         """Release the hold and close the task as failed."""
         end = TaskEnd(
             task_id=accepted.task.id,
+            tenant_id=accepted.task.tenant_id,
             state=TaskState.FAILED,
             finished_ms=self.clock.now_ms(),
             error_json=json.dumps(task_error(error)),
@@ -403,6 +404,7 @@ class Generate:
         due = pricing.charge_nanocredits(usage, variant) if usage is not None else 0
         end = TaskEnd(
             task_id=accepted.task.id,
+            tenant_id=accepted.task.tenant_id,
             state=TaskState.CANCELLED,
             finished_ms=self.clock.now_ms(),
             due_nanocredits=due,
@@ -501,6 +503,7 @@ class Generate:
         facts = _resolved(request, purchase, images)
         end = TaskEnd(
             task_id=task.id,
+            tenant_id=task.tenant_id,
             state=TaskState.COMPLETED,
             finished_ms=now_ms,
             due_nanocredits=pricing.charge_nanocredits(usage, request.variant),

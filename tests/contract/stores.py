@@ -197,8 +197,8 @@ class Recorded:
     def single_process(self) -> bool:
         return self.inner.single_process
 
-    async def write(self, op: Operation[T]) -> T:
-        return await self.inner.write(lambda tx: op(_Noting(tx, self.statements)))
+    async def write(self, op: Operation[T], lane: str | None = None) -> T:
+        return await self.inner.write(lambda tx: op(_Noting(tx, self.statements)), lane)
 
     async def read(self, op: Operation[T]) -> T:
         return await self.inner.read(lambda tx: op(_Noting(tx, self.statements)))
@@ -223,6 +223,10 @@ class _Noting:
     async def run(self, sql: str, *params: Any) -> int:
         self.statements.add(sql)
         return await self.inner.run(sql, *params)
+
+    async def changes(self, *changes: Any) -> list[int]:
+        self.statements.update(change[0] for change in changes)
+        return await self.inner.changes(*changes)
 
 
 def a_task(task_id: str = "task-1", **changes: Any) -> NewTask:

@@ -1,7 +1,7 @@
 """The driver port: what the stores need from an engine, SQLite or PostgreSQL.
 
 SQL and transactions are written once. A transaction is a coroutine function which
-awaits nothing but the three statements of ``Transaction``; an engine is free to run
+awaits nothing but the statements of ``Transaction``; an engine is free to run
 it several times, in another thread or together with others. SQL keeps to what SQLite
 3.38 and PostgreSQL 15 share and numbers its parameters ``$1``, ``$2``.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from gateway.core.errors import ServiceUnavailableError
+from gateway.core.errors import OutcomeUnknownError, ServiceUnavailableError
 
 BUSY_RETRY_AFTER_S = 1
 FAILED_RETRY_AFTER_S = 5
@@ -20,6 +20,8 @@ FAILED_RETRY_AFTER_S = 5
 T = TypeVar("T")
 Value = int | str | bytes | None
 Row = Sequence[Any]
+Change = tuple[str, *tuple[Value, ...]]
+"""A statement that gives no rows, and its parameters."""
 
 
 class StoreBusyError(ServiceUnavailableError):
@@ -40,6 +42,15 @@ class StoreFailedError(ServiceUnavailableError):
         super().__init__(message, retry_after_s=FAILED_RETRY_AFTER_S)
 
 
+class StoreUnknownError(OutcomeUnknownError):
+    """The database failed while it committed: all was changed, or nothing."""
+
+    code = "storage_unavailable"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retry_after_s=FAILED_RETRY_AFTER_S)
+
+
 class Transaction(Protocol):
     """One transaction, as its statements see it."""
 
@@ -53,6 +64,13 @@ class Transaction(Protocol):
 
     async def run(self, sql: str, *params: Value) -> int:
         """Run a statement that gives no rows; returns how many it changed."""
+        ...
+
+    async def changes(self, *changes: Change) -> list[int]:
+        """Run INSERTs, UPDATEs and DELETEs in one go; returns how many each changed.
+
+        None may read, or change again, what another one of them changes.
+        """
         ...
 
 
@@ -85,14 +103,18 @@ class Database(Protocol):
         """Whether only one process may serve from it at a time."""
         ...
 
-    async def write(self, op: Operation[T]) -> T:
+    async def write(self, op: Operation[T], lane: str | None = None) -> T:
         """Run a transaction that changes rows; committed and durable on return.
 
         What ``op`` raises undoes all that it did, and is raised here. A caller that
         is cancelled while it waits does not know: its transaction may still commit.
 
+        Those of one ``lane`` would wait for each other: an engine may run them one
+        after another, and commit several at once.
+
         Raises:
             StoreBusyError: too many are waiting, or another process kept the lock.
+            StoreUnknownError: the engine failed while it committed.
             StoreFailedError: the engine failed; nothing was changed.
         """
         ...

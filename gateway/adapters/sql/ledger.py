@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gateway.adapters.sql.database import Database, Row, Transaction
+from gateway.adapters.sql.database import Change, Database, Row, Transaction
 from gateway.core.errors import ConflictError, InvalidRequestError, NotFoundError
 from gateway.core.ledger import (
     ABSORBED,
@@ -78,12 +78,12 @@ async def lock_account(tx: Transaction, tenant_id: str) -> Balance:
     return Balance(*row)
 
 
-async def write_entries(
-    tx: Transaction, lines: Mapping[str, int], *, kind: str, reference: str, now_ms: int
-) -> None:
+def entry_lines(
+    lines: Mapping[str, int], *, kind: str, reference: str, now_ms: int
+) -> list[Change]:
     """Write the lines of one double-entry transaction, named by kind and reference."""
-    for account, nanocredits in lines.items():
-        await tx.run(
+    return [
+        (
             """INSERT INTO entries
                 (txn_id, account, nanocredits, kind, reference, created_ms)
             VALUES ($1, $2, $3, $4, $5, $6)""",
@@ -94,6 +94,8 @@ async def write_entries(
             reference,
             now_ms,
         )
+        for account, nanocredits in lines.items()
+    ]
 
 
 async def _grant(
@@ -121,13 +123,13 @@ async def _grant(
         tenant_id,
         nanocredits,
     )
-    await write_entries(
-        tx,
+    lines = entry_lines(
         grant_entries(tenant_id, nanocredits),
         kind=GRANT,
         reference=f"{tenant_id}:{reference}",
         now_ms=now_ms,
     )
+    await tx.changes(*lines)
     return Balance(before.posted + nanocredits, before.held, before.spent)
 
 

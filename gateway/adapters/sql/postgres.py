@@ -9,10 +9,14 @@ transaction is run again.
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Literal
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, Literal, Protocol
 
 import asyncpg
 from asyncpg.exceptions import (
@@ -22,12 +26,15 @@ from asyncpg.exceptions import (
 )
 
 from gateway.adapters.sql.database import (
+    Change,
     Dialect,
     Operation,
     Row,
     StoreBusyError,
     StoreFailedError,
+    StoreUnknownError,
     T,
+    Transaction,
     Value,
 )
 
@@ -41,6 +48,8 @@ LOCK_WAIT_MAX_MS = 5_000
 RUNS_MAX = 5
 """How often a transaction is run that another one got in the way of."""
 PAUSE_S = 0.01
+GROUP_MAX = 32
+STATEMENTS_CACHED = 256
 
 POSTGRES = Dialect(
     blob="BYTEA",
@@ -62,6 +71,7 @@ _FAILURES = (
     OSError,  # refused, reset, a name that is not known, broken TLS
     TimeoutError,
 )
+_BREAKS_GROUP = (*_IN_THE_WAY, StoreBusyError, asyncpg.InterfaceError, OSError)
 Isolation = Literal["read_committed", "repeatable_read"]
 
 
@@ -76,6 +86,8 @@ class PostgresDatabase:
         self._waiting_max = waiting_max
         self._waiting = 0
         self._closed = False
+        self._lanes: dict[str, deque[_Waiting]] = {}
+        self._serving: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def open(
@@ -98,6 +110,7 @@ class PostgresDatabase:
                 max_size=connections_max,
                 timeout=CONNECT_MAX_S,
                 command_timeout=STATEMENT_MAX_S,
+                reset=_keep_as_it_is,
                 server_settings={
                     "application_name": "imageway",
                     "lock_timeout": str(LOCK_WAIT_MAX_MS),
@@ -109,8 +122,25 @@ class PostgresDatabase:
             ) from error
         return cls(pool, waiting_max)
 
-    async def write(self, op: Operation[T]) -> T:
-        """See ``Database``."""
+    async def write(self, op: Operation[T], lane: str | None = None) -> T:
+        """See ``Database``; those of a lane share a connection, and commits."""
+        if lane is None:
+            return await self._write(op)
+        waiting = self._lanes.get(lane)
+        if waiting is not None and len(waiting) >= self._waiting_max:
+            raise _busy()
+        mine = _Waiting(op, asyncio.get_running_loop().create_future())
+        if waiting is not None:
+            waiting.append(mine)
+        else:
+            self._lanes[lane] = deque((mine,))
+            serving = asyncio.create_task(self._serve(lane))
+            self._serving.add(serving)
+            serving.add_done_callback(self._serving.discard)
+        value: T = await mine.future
+        return value
+
+    async def _write(self, op: Operation[T]) -> T:
         for run in range(1, RUNS_MAX + 1):
             try:
                 return await self._run(op, "read_committed", readonly=False)
@@ -120,12 +150,52 @@ class PostgresDatabase:
             await asyncio.sleep(PAUSE_S * run)
         raise AssertionError(op)
 
+    async def _serve(self, lane: str) -> None:
+        # Whatever comes while a commit runs forms the next group.
+        waiting = self._lanes[lane]
+        while waiting:
+            group = [waiting.popleft() for _ in range(min(len(waiting), GROUP_MAX))]
+            group = [each for each in group if not each.future.done()]
+            if len(group) > 1 and await self._together(group):
+                continue
+            for each in group:
+                if each.future.done():
+                    continue
+                try:
+                    value = await self._write(each.op)
+                except BaseException as error:  # noqa: BLE001 - for who asked for it
+                    each.fail(error)
+                else:
+                    each.succeed(value)
+        del self._lanes[lane]
+
+    async def _together(self, group: Sequence[_Waiting]) -> bool:
+        """Run a group in one transaction; False: nothing came of it."""
+        try:
+            outcomes = await self._run(
+                partial(_run_all, group), "read_committed", readonly=False
+            )
+        except StoreUnknownError as unknown:
+            for each in group:
+                each.fail(unknown)
+            return True
+        except (StoreBusyError, StoreFailedError, *_IN_THE_WAY):
+            return False  # each of them may do better alone, or learn why not
+        for each, value, error in outcomes:
+            if error is not None:
+                each.fail(error)
+            else:
+                each.succeed(value)
+        return True
+
     async def read(self, op: Operation[T]) -> T:
         """See ``Database``."""
         return await self._run(op, "repeatable_read", readonly=True)
 
     async def close(self) -> None:
         """See ``Database``."""
+        if self._serving:
+            await asyncio.wait(self._serving)
         self._closed = True
         await self._pool.close()
 
@@ -133,17 +203,26 @@ class PostgresDatabase:
         self, op: Operation[T], isolation: Isolation, *, readonly: bool
     ) -> T:
         async with self._connection() as connection:
+            committing = False
+            transaction = connection.transaction(isolation=isolation, readonly=readonly)
             try:
-                async with connection.transaction(
-                    isolation=isolation, readonly=readonly
-                ):
-                    return await op(_PostgresTransaction(connection))
+                await transaction.start()
+                try:
+                    value = await op(_PostgresTransaction(connection))
+                except BaseException:
+                    await _undone(transaction, connection)
+                    raise
+                committing = True
+                await transaction.commit()
             except _IN_THE_WAY:
                 raise
             except LockNotAvailableError as error:
                 raise _busy() from error
             except _FAILURES as error:
+                if committing and not readonly and connection.is_closed():
+                    raise _unknown() from error
                 raise _failed() from error
+            return value
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[asyncpg.pool.PoolConnectionProxy[Any]]:
@@ -164,6 +243,46 @@ class PostgresDatabase:
             yield connection
         finally:
             await self._pool.release(connection)
+
+
+async def _keep_as_it_is(_: object) -> None:
+    """Save the round trip of a reset: no transaction changes its session."""
+
+
+async def _undone(transaction: Undoing, connection: Closing) -> None:
+    # A connection that is gone has undone all of it.
+    if not connection.is_closed():
+        await transaction.rollback()
+
+
+class Undoing(Protocol):
+    """As much of a transaction as is needed to undo it."""
+
+    async def rollback(self) -> None:
+        """Undo it."""
+
+
+class Closing(Protocol):
+    """As much of a connection as tells whether it is there."""
+
+    def is_closed(self) -> bool:
+        """Tell whether it is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A transaction in a lane; its caller may be gone when it is over."""
+
+    op: Operation[Any]
+    future: asyncio.Future[Any]
+
+    def succeed(self, value: object) -> None:
+        if not self.future.done():
+            self.future.set_result(value)
+
+    def fail(self, error: BaseException) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
 
 
 class _PostgresTransaction:
@@ -187,6 +306,61 @@ class _PostgresTransaction:
         count = tag.rpartition(" ")[2]
         return int(count) if count.isdecimal() else 0
 
+    async def changes(self, *changes: Change) -> list[int]:
+        # One round trip, and as long as it takes the row locks are held.
+        sql = _as_one(tuple(change[0] for change in changes))
+        params = [param for change in changes for param in change[1:]]
+        (row,) = await self._connection.fetch(sql, *params)
+        return list(row)
+
+    def is_closed(self) -> bool:
+        return bool(self._connection.is_closed())
+
+
+Outcome = tuple[_Waiting, Any, Exception | None]
+
+
+async def _run_all(group: Sequence[_Waiting], tx: Transaction) -> list[Outcome]:
+    assert isinstance(tx, _PostgresTransaction)
+    mark, outcomes = "SAVEPOINT op", list[Outcome]()
+    for each in group:
+        await tx.run(mark)
+        mark = "RELEASE SAVEPOINT op; SAVEPOINT op"
+        try:
+            outcomes.append((each, await each.op(tx), None))
+        except Exception as error:
+            if isinstance(error, _BREAKS_GROUP) or tx.is_closed():
+                raise
+            outcomes.append((each, None, _typed(error)))
+            await tx.run("ROLLBACK TO SAVEPOINT op")
+    return outcomes
+
+
+@lru_cache(maxsize=STATEMENTS_CACHED)
+def _as_one(statements: tuple[str, ...]) -> str:
+    parts, before = [], 0
+    for number, sql in enumerate(statements):
+        parts.append(f"s{number} AS ({_moved(sql, before)} RETURNING 1)")
+        before += max((int(n) for n in re.findall(r"\$(\d+)", sql)), default=0)
+    names = (f"s{number}" for number in range(len(parts)))
+    counts = ", ".join(f"(SELECT count(*) FROM {name})" for name in names)  # noqa: S608
+    return f"WITH {', '.join(parts)} SELECT {counts}"
+
+
+def _moved(sql: str, by: int) -> str:
+    return re.sub(r"\$(\d+)", lambda found: f"${int(found[1]) + by}", sql)
+
+
+def _typed(error: Exception) -> Exception:
+    typed = error
+    if isinstance(error, LockNotAvailableError):
+        typed = _busy()
+    elif isinstance(error, _FAILURES):
+        typed = _failed()
+    if typed is not error:
+        typed.__cause__ = error
+    return typed
+
 
 def _busy() -> StoreBusyError:
     return StoreBusyError("storage is busy; try again in a moment")
@@ -194,6 +368,10 @@ def _busy() -> StoreBusyError:
 
 def _failed() -> StoreFailedError:
     return StoreFailedError("storage failed and nothing was changed; try again")
+
+
+def _unknown() -> StoreUnknownError:
+    return StoreUnknownError("storage failed while it wrote; try again")
 
 
 def _named(error: BaseException) -> str:

@@ -24,6 +24,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from gateway.adapters.sql.database import (
+    Change,
     Dialect,
     Operation,
     Row,
@@ -85,8 +86,9 @@ class SqliteDatabase:
         """How many write transactions were committed, each for a group."""
         return self._writer.commits
 
-    async def write(self, op: Operation[T]) -> T:
-        """See ``Database``."""
+    async def write(self, op: Operation[T], lane: str | None = None) -> T:
+        """See ``Database``; there is one lane for all."""
+        del lane
         return await self._writer.submit(op)
 
     async def read(self, op: Operation[T]) -> T:
@@ -315,6 +317,9 @@ class _SqliteTransaction:
 
     async def run(self, sql: str, *params: Value) -> int:
         return self._execute(sql, params).rowcount
+
+    async def changes(self, *changes: Change) -> list[int]:
+        return [self._execute(sql, params).rowcount for sql, *params in changes]
 
     def _execute(self, sql: str, params: Sequence[Value]) -> sqlite3.Cursor:
         text, order = _question_marks(sql)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from gateway.adapters.sql.database import Database, Row, Transaction
+from gateway.adapters.sql.database import Change, Database, Row, Transaction
 from gateway.adapters.sql.deliveries import add_delivery
-from gateway.adapters.sql.ledger import CHARGE, lock_account, write_entries
+from gateway.adapters.sql.ledger import CHARGE, entry_lines
 from gateway.core import limits
 from gateway.core.errors import (
     ConflictError,
@@ -16,7 +16,7 @@ from gateway.core.errors import (
     insufficient_credits,
 )
 from gateway.core.idempotency import KEY_KEPT_MS, conflict
-from gateway.core.ledger import Settled, settle, settlement_entries
+from gateway.core.ledger import Balance, Settled, settle, settlement_entries
 from gateway.core.limits import RiskBook
 from gateway.core.tasks import (
     HOLD_KEPT_MS,
@@ -57,7 +57,9 @@ class SqlTaskStore:
             NotFoundError: there is no such tenant.
             ConflictError: there is a task of that id.
         """
-        return await self.database.write(lambda tx: _open(tx, task))
+        # Who waits for a key must not keep a lane waiting.
+        lane = task.tenant_id if task.idempotency_key is None else None
+        return await self.database.write(lambda tx: _open(tx, task), lane)
 
     async def earlier(self, wanted: Earlier) -> str | None:
         """See ``TaskStore``."""
@@ -118,7 +120,9 @@ class SqlTaskStore:
         """
         assert end.state.final, end
         assert end.due_nanocredits == 0 or end.state is not TaskState.FAILED, end
-        return await self.database.write(lambda tx: finish_task(tx, end))
+        return await self.database.write(
+            lambda tx: finish_task(tx, end), end.tenant_id or None
+        )
 
     async def get(self, task_id: str) -> TaskRecord | None:
         """See ``TaskStore``."""
@@ -168,41 +172,44 @@ async def _open(tx: Transaction, task: NewTask) -> str | None:
         raise await _refusal(tx, task)
     if waits:
         await _check_queue(tx)
-    opened = await tx.run(
-        """INSERT INTO tasks (id, tenant_id, key_id, variant, operation, mode, state,
-            request_json, created_ms, deadline_ms, fingerprint, callback_url, origin,
-            order_json, class, owner)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15,
-            $16)
-        ON CONFLICT DO NOTHING""",
-        task.id,
-        task.tenant_id,
-        task.key_id,
-        task.variant,
-        task.operation,
-        task.mode.value,
-        TaskState.PENDING.value,
-        task.request_json,
-        task.created_ms,
-        task.deadline_ms,
-        task.fingerprint or None,
-        task.callback_url,
-        task.origin or None,
-        task.order_json,
-        task.task_class or None,
-        task.owner,
+    opened, _ = await tx.changes(
+        (
+            """INSERT INTO tasks (id, tenant_id, key_id, variant, operation, mode,
+                state, request_json, created_ms, deadline_ms, fingerprint,
+                callback_url, origin, order_json, class, owner)
+            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15,
+                $16)
+            ON CONFLICT DO NOTHING""",
+            task.id,
+            task.tenant_id,
+            task.key_id,
+            task.variant,
+            task.operation,
+            task.mode.value,
+            TaskState.PENDING.value,
+            task.request_json,
+            task.created_ms,
+            task.deadline_ms,
+            task.fingerprint or None,
+            task.callback_url,
+            task.origin or None,
+            task.order_json,
+            task.task_class or None,
+            task.owner,
+        ),
+        (
+            """INSERT INTO holds
+                (task_id, tenant_id, nanocredits, created_ms, expires_ms)
+            VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING""",
+            task.id,
+            task.tenant_id,
+            task.hold_nanocredits,
+            task.created_ms,
+            task.deadline_ms + HOLD_KEPT_MS,
+        ),
     )
     if not opened:
         raise ConflictError(f"there is a task {task.id!r} already")
-    await tx.run(
-        """INSERT INTO holds (task_id, tenant_id, nanocredits, created_ms, expires_ms)
-        VALUES ($1, $2, $3, $4, $5)""",
-        task.id,
-        task.tenant_id,
-        task.hold_nanocredits,
-        task.created_ms,
-        task.deadline_ms + HOLD_KEPT_MS,
-    )
     return None
 
 
@@ -433,52 +440,68 @@ async def finish_task(tx: Transaction, end: TaskEnd) -> Settled:
         NotFoundError: there is no such task.
         FencedError: somebody else has claimed it.
     """
-    task = await tx.one(
-        """SELECT t.tenant_id, h.nanocredits, t.mode, t.state, t.callback_url
-        FROM tasks t JOIN holds h ON h.task_id = t.id WHERE t.id = $1""",
-        end.task_id,
-    )
-    if task is None:
-        raise NotFoundError(f"there is no task {end.task_id!r}")
-    tenant_id, held, mode, state, callback_url = task
     # The account is locked before the settlement is looked at: whoever settles the
     # same task meanwhile waits here, and then finds it settled.
-    before = await lock_account(tx, tenant_id)
-    earlier = await tx.one(
-        "SELECT charged, absorbed FROM settlements WHERE task_id = $1", end.task_id
-    )
-    if earlier is not None:
-        return Settled(*earlier)
-    after, settled = settle(before, held, end.due_nanocredits)
-    await tx.run(
-        """INSERT INTO settlements
-            (task_id, due, charged, absorbed, usage_source, created_ms)
-        VALUES ($1, $2, $3, $4, $5, $6)""",
+    account = await tx.one(
+        """UPDATE accounts SET held = held
+        WHERE tenant_id = (SELECT tenant_id FROM holds WHERE task_id = $1)
+        RETURNING tenant_id, posted, held, spent""",
         end.task_id,
-        end.due_nanocredits,
-        settled.charged,
-        settled.absorbed,
-        end.usage_source,
-        end.finished_ms,
     )
-    await tx.run(
-        """UPDATE accounts SET posted = $2, held = $3, spent = $4
-        WHERE tenant_id = $1""",
-        tenant_id,
-        after.posted,
-        after.held,
-        after.spent,
+    task = await tx.one(
+        """SELECT h.nanocredits, t.mode, t.state, t.callback_url, s.charged, s.absorbed
+        FROM tasks t JOIN holds h ON h.task_id = t.id
+        LEFT JOIN settlements s ON s.task_id = t.id WHERE t.id = $1""",
+        end.task_id,
     )
-    await write_entries(
-        tx,
-        settlement_entries(tenant_id, settled),
-        kind=CHARGE,
-        reference=end.task_id,
-        now_ms=end.finished_ms,
+    if task is None or account is None:
+        raise NotFoundError(f"there is no task {end.task_id!r}")
+    held, mode, state, callback_url, charged, absorbed = task
+    if charged is not None:
+        return Settled(charged, absorbed)
+    after, settled = settle(Balance(*account[1:]), held, end.due_nanocredits)
+    is_async = int(mode == DeliveryMode.ASYNC.value)
+    waiting = int(state == TaskState.PENDING.value)
+    _, _, closed, *_ = await tx.changes(
+        (
+            """INSERT INTO settlements
+                (task_id, due, charged, absorbed, usage_source, created_ms)
+            VALUES ($1, $2, $3, $4, $5, $6)""",
+            end.task_id,
+            end.due_nanocredits,
+            settled.charged,
+            settled.absorbed,
+            end.usage_source,
+            end.finished_ms,
+        ),
+        (
+            """UPDATE accounts SET posted = $2, held = $3, spent = $4,
+                queued = queued - $5, running = running - $6
+            WHERE tenant_id = $1""",
+            account[0],
+            after.posted,
+            after.held,
+            after.spent,
+            is_async * waiting,
+            is_async * (1 - waiting),
+        ),
+        _closing(end),
+        *entry_lines(
+            settlement_entries(account[0], settled),
+            kind=CHARGE,
+            reference=end.task_id,
+            now_ms=end.finished_ms,
+        ),
+        *(_keeping(end.task_id, result) for result in end.results),
     )
-    if mode == DeliveryMode.ASYNC.value:
-        await _leave_queue(tx, tenant_id, state)
-    await _close_task(tx, end)
+    if not closed:
+        raise FencedError(end.task_id)  # and all of the settlement is undone
+    for attempt in end.attempts:
+        await _end_attempt(tx, attempt)
+    await _end_forgotten(tx, end)
+    if end.forget_key:
+        await tx.run("DELETE FROM idempotency WHERE task_id = $1", end.task_id)
+        await tx.run("UPDATE tasks SET fingerprint = NULL WHERE id = $1", end.task_id)
     if callback_url is not None:
         await add_delivery(tx, end)
     return settled
@@ -495,20 +518,9 @@ async def check_fence(tx: Transaction, task_id: str, fence: int) -> None:
         raise FencedError(task_id)
 
 
-async def _leave_queue(tx: Transaction, tenant_id: str, state: str) -> None:
-    waiting = int(state == TaskState.PENDING.value)
-    await tx.run(
-        """UPDATE accounts SET queued = queued - $2, running = running - $3
-        WHERE tenant_id = $1""",
-        tenant_id,
-        waiting,
-        1 - waiting,
-    )
-
-
-async def _close_task(tx: Transaction, end: TaskEnd) -> None:
+def _closing(end: TaskEnd) -> Change:
     usage = end.usage
-    closed = await tx.run(
+    return (
         """UPDATE tasks SET state = $2, finished_ms = $3, answer_json = $4,
             error_json = $5, text_input = $6, text_cached = $7, image_input = $8,
             image_cached = $9, image_output = $10,
@@ -528,16 +540,6 @@ async def _close_task(tx: Transaction, end: TaskEnd) -> None:
         end.route_json,
         end.fence,
     )
-    if not closed:
-        raise FencedError(end.task_id)  # and all of the settlement is undone
-    for attempt in end.attempts:
-        await _end_attempt(tx, attempt)
-    await _end_forgotten(tx, end)
-    if end.forget_key:
-        await tx.run("DELETE FROM idempotency WHERE task_id = $1", end.task_id)
-        await tx.run("UPDATE tasks SET fingerprint = NULL WHERE id = $1", end.task_id)
-    for result in end.results:
-        await _keep_result(tx, end.task_id, result)
 
 
 async def _end_forgotten(tx: Transaction, end: TaskEnd) -> None:
@@ -568,8 +570,8 @@ async def _end_forgotten(tx: Transaction, end: TaskEnd) -> None:
         )
 
 
-async def _keep_result(tx: Transaction, task_id: str, result: StoredResult) -> None:
-    await tx.run(
+def _keeping(task_id: str, result: StoredResult) -> Change:
+    return (
         """INSERT INTO results (task_id, idx, blob, media_type, size_bytes, width_px,
             height_px, inline, expires_ms, revised_prompt)
         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)""",
