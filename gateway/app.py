@@ -23,6 +23,7 @@ from gateway.adapters.data_dir import DataDir
 from gateway.adapters.events import FanOut
 from gateway.adapters.fetcher import GuardedFetcher
 from gateway.adapters.hot_memory import MemoryBoard
+from gateway.adapters.journal import DiskJournal, UnreadableError
 from gateway.adapters.logs import LogListener
 from gateway.adapters.memory import memory_gauge, trimmer
 from gateway.adapters.metrics import Metrics
@@ -71,6 +72,7 @@ from gateway.flows.dispatch import Dispatcher, candidate_facts
 from gateway.flows.files import FetchFile, Files
 from gateway.flows.generate import SYNC_DEADLINE_MS, Generate, wish_of
 from gateway.flows.inputs import KeptInputs, LoadInputs
+from gateway.flows.journal import REPLAY_EVERY_S, JournaledTasks
 from gateway.flows.keys import Authenticate
 from gateway.flows.probe import Probe, probe_all
 from gateway.flows.recovery import BEAT_EVERY_S, Recovery
@@ -79,7 +81,15 @@ from gateway.flows.results import RESULT_KEPT_MS, Results
 from gateway.flows.tasks import ManageTasks, ReadTask
 from gateway.flows.upstreams import Upstreams
 from gateway.flows.webhooks import DeliverWebhooks
-from gateway.ports import BlobStore, Clock, Fetcher, Sender, TaskRecord, Tunable
+from gateway.ports import (
+    BlobStore,
+    Clock,
+    Events,
+    Fetcher,
+    Sender,
+    TaskRecord,
+    Tunable,
+)
 from gateway.serving import Leaving, listen
 from gateway.settings import Settings, load_settings
 from gateway.workers import Loops, TaskRunner, Worker
@@ -121,6 +131,7 @@ class Gateway:
     worker: Worker
     loops: Loops
     recovery: Recovery
+    journaled: JournaledTasks
     catalogue: Catalogue
     providers: Mapping[str, Provider]
     wire: Wire
@@ -147,6 +158,7 @@ class Gateway:
         """Leave the other processes, and give connections back."""
         if late := self.runner.in_flight + self.worker.in_flight:
             self.log.note("drain_timeout", tasks=late)
+        await self.journaled.replay()
         try:
             # Who leaves requests unfinished is found to be lost once it is gone: they
             # must not be closed by others while they may still end here.
@@ -237,13 +249,14 @@ def build_gateway(
     upstreams = Upstreams(
         catalogue, books.drains, board, clock, events, lambda: _today(clock)
     )
+    tasks = _journaled(books, clock, events, metrics)
     generate = Generate(
         catalogue=catalogue,
-        store=books.tasks,
+        store=tasks,
         dispatcher=Dispatcher(
             providers,
             board,
-            books.tasks,
+            tasks,
             clock,
             events,
             log.on_crash,
@@ -390,6 +403,7 @@ def build_gateway(
                 "overdue tasks": (SWEEP_EVERY_S, recovery.overdue),
                 "expired uploads": (EXPIRE_EVERY_S, files.expire),
                 "webhooks": (WEBHOOKS_EVERY_S, deliver),
+                "journal": (REPLAY_EVERY_S, tasks.replay),
                 "drained upstreams": (DRAINS_EVERY_S, upstreams.refresh),
                 "pressure": (LAG_EVERY_MS / 1000, admission.watch),
                 **_lookout(shelves),
@@ -397,6 +411,7 @@ def build_gateway(
             },
         ),
         recovery=recovery,
+        journaled=tasks,
         catalogue=catalogue,
         providers=providers,
         wire=wire,
@@ -474,6 +489,8 @@ async def started(
         swept = SpoolFolder(books.data_dir.spool).sweep()
         outside = reach_outside(settings)
         gateway = build_gateway(settings, books, log, outside)
+        # Before anybody looks for tasks that were left open.
+        replayed = await gateway.journaled.replay()
         alone = books.database.single_process
         recovered = await gateway.recovery.after_start(alone=alone)
         taken_over = await books.queue.reclaim() if alone else 0
@@ -484,12 +501,24 @@ async def started(
             await gateway.shelves.look()
         log.note(
             "started",
+            replayed_entries=replayed,
             recovered_tasks=recovered,
             taken_over_tasks=taken_over,
             swept_spools=swept,
         )
         yield gateway, listening, first.secret if first else None
     log.note("stopped")
+
+
+def _journaled(
+    books: Books, clock: Clock, events: Events, metrics: Metrics
+) -> JournaledTasks:
+    try:
+        journal = DiskJournal.open(books.data_dir.journal)
+    except UnreadableError as error:
+        raise StartError(str(error)) from error
+    metrics.watch_journal(lambda: journal.waiting)
+    return JournaledTasks(books.tasks, journal, clock, events)
 
 
 def _litestar(handlers: list[ControllerRouterHandler], log: LogListener) -> Litestar:

@@ -193,6 +193,25 @@ class TaskEnd:
 
 
 @dataclass(frozen=True, slots=True)
+class JobAccepted:
+    """An upstream's job id, and what it takes to find the job again."""
+
+    task_id: str
+    seq: int
+    job_id: str
+    order_json: str | None = None
+    fence: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """An entry of the journal, under the name it has there."""
+
+    name: str
+    entry: JobAccepted | AttemptEnd | TaskEnd
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptRecord:
     """An attempt as it is stored."""
 
@@ -512,6 +531,35 @@ class TaskStore(Protocol):
 
         True for one that was noted before. See ``limits.may_rebuy``.
         """
+        ...
+
+
+class Journal(Protocol):
+    """Keeps on the local disk what the store could not take."""
+
+    @property
+    def waiting(self) -> int:
+        """How many entries are kept."""
+        ...
+
+    def knows(self, task_id: str) -> bool:
+        """Tell whether an entry is about this task: then others wait behind it."""
+        ...
+
+    async def keep(self, entry: JobAccepted | AttemptEnd | TaskEnd) -> None:
+        """Keep an entry; durable on return.
+
+        Raises:
+            ServiceUnavailableError: the disk does not take it.
+        """
+        ...
+
+    async def kept(self) -> Sequence[Kept]:
+        """Read all entries, oldest first."""
+        ...
+
+    async def drop(self, kept: Kept) -> None:
+        """Forget an entry: the store has it."""
         ...
 
 

@@ -214,7 +214,7 @@ class Worker:
                 return None
         except Exception as error:  # noqa: BLE001 - a supervisor: the next try may do
             self.crashed(error, "claiming a task")
-            await self.clock.sleep(POLL_EVERY_S)
+            await self._store_is_back()
             return None
         return claimed
 
@@ -232,6 +232,15 @@ class Worker:
             for variant, most in self.places.items()
             if begun[variant] >= (min(most, few) if is_tight else most)
         ]
+
+    async def _store_is_back(self) -> None:
+        # Leases may have ended meanwhile whose owners are well: they renew them first.
+        while True:
+            await self.clock.sleep(POLL_EVERY_S)
+            with suppress(ServiceUnavailableError):
+                await self.generate.store.get("")
+                break
+        await self.clock.sleep(2 * RENEW_EVERY_S)
 
     def _start(self, claimed: Claimed) -> None:
         task_id = claimed.record.id

@@ -48,6 +48,11 @@ class DataDir:
         """Where pictures under way are spooled."""
         return self.root / "spool"
 
+    @property
+    def journal(self) -> Path:
+        """Where is kept what the database could not take yet."""
+        return self.root / "journal"
+
     def prepare(self) -> None:
         """Make the folder, for the owner only, and see that it can be written.
 
@@ -60,6 +65,7 @@ class DataDir:
             self.uploads.mkdir(exist_ok=True)
             self.inputs.mkdir(exist_ok=True)
             self.spool.mkdir(exist_ok=True)
+            self.journal.mkdir(mode=0o700, exist_ok=True)
             probe = self.root / f".probe-{os.getpid()}"
             probe.write_bytes(b"")
             probe.unlink()
@@ -116,8 +122,9 @@ class DataDir:
         except BlockingIOError as error:
             os.close(handle)
             raise DataDirError(
-                f"another gateway already runs on {self.root}: SQLite serves one "
-                "process. Stop it, use another --data-dir, or configure PostgreSQL."
+                f"another gateway already runs on {self.root}: a data folder serves "
+                "one process, and so does SQLite. Stop it, or configure PostgreSQL "
+                "and give each gateway a --data-dir of its own."
             ) from error
         return handle
 

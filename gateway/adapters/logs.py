@@ -19,6 +19,7 @@ from gateway.core.events import (
     BreakerChanged,
     Event,
     HoldRefused,
+    Journaled,
     PressureChanged,
     RequestFinished,
     RequestShed,
@@ -45,6 +46,7 @@ _NAMES = {
     RequestShed: "shed",
     PressureChanged: "pressure",
     StoreChanged: "store",
+    Journaled: "journal",
 }
 
 

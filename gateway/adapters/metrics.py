@@ -23,6 +23,7 @@ from gateway.core.events import (
     BreakerChanged,
     Event,
     HoldRefused,
+    Journaled,
     PressureChanged,
     RequestFinished,
     RequestShed,
@@ -90,6 +91,9 @@ class Metrics:
         )
         self._refused = counter("holds_refused", "Refused for credits.", "variant")
         self._webhooks = counter("webhook_deliveries", "Webhooks tried.", "outcome")
+        self._journaled = counter(
+            "journal_entries", "Kept while the database was away.", "outcome"
+        )
         self._shed = counter(
             "shed", "Requests refused because too many wait.", "variant", "reason"
         )
@@ -134,6 +138,15 @@ class Metrics:
             registry=self.registry,
         )
         lost.set_function(dropped_lines)
+
+    def watch_journal(self, waiting: Callable[[], int]) -> None:
+        """Show how much the database does not have yet."""
+        gauge = Gauge(
+            "imageway_journal_waiting",
+            "Entries kept on the disk until the database is back.",
+            registry=self.registry,
+        )
+        gauge.set_function(waiting)
 
     def watch_waiting(
         self,
@@ -181,8 +194,8 @@ class Metrics:
                 self._on_upstream(event)
             case StoreChanged() | WebhookTried():
                 self._on_other(event)
-            case HoldRefused() | RequestShed() | PressureChanged():
-                self._on_refusal(event)
+            case HoldRefused() | RequestShed() | PressureChanged() | Journaled():
+                self._on_pressure(event)
 
     def render(self) -> tuple[bytes, str]:
         """Write all metrics in Prometheus' text format; with its media type."""
@@ -231,8 +244,12 @@ class Metrics:
                 count = getattr(event.usage, token_class)
                 self._tokens(variant, token_class).inc(count)
 
-    def _on_refusal(self, event: HoldRefused | RequestShed | PressureChanged) -> None:
+    def _on_pressure(
+        self, event: HoldRefused | RequestShed | PressureChanged | Journaled
+    ) -> None:
         match event:
+            case Journaled():
+                self._journaled(event.outcome).inc()
             case HoldRefused():
                 self._refused(event.variant).inc()
             case RequestShed():

@@ -138,6 +138,19 @@ class StoreChanged:
     detail: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Journaled:
+    """What the database could not take was kept on the disk, or came from there.
+
+    ``outcome``: kept, booked, never_begun, taken_over (by another process, which books
+    it), too_late (the task had been closed without it: a loss of the operator).
+    """
+
+    task_id: str
+    what: str
+    outcome: str
+
+
 Event = (
     RequestFinished
     | AttemptFinished
@@ -149,4 +162,5 @@ Event = (
     | RequestShed
     | PressureChanged
     | StoreChanged
+    | Journaled
 )
