@@ -20,7 +20,7 @@ from gateway.adapters.sql.deliveries import SqlOutbox
 from gateway.adapters.sql.drains import SqlDrains
 from gateway.adapters.sql.files import SqlFiles
 from gateway.adapters.sql.ledger import SqlLedger
-from gateway.adapters.sql.migrations import SchemaTooNewError, migrate
+from gateway.adapters.sql.migrations import MIGRATIONS, SchemaTooNewError, migrate
 from gateway.adapters.sql.processes import SqlProcesses
 from gateway.adapters.sql.queue import SqlQueue
 from gateway.adapters.sql.sqlite import SqliteDatabase
@@ -77,6 +77,7 @@ class Books:
     """What commands work with: the store and the flows over it."""
 
     database: Database
+    migrations_applied: int
     processes: SqlProcesses
     accounts: SqlAccounts
     ledger: SqlLedger
@@ -96,6 +97,11 @@ class Books:
     def shelves(self, emit: Callable[[Event], None] = lambda _: None) -> Shelves:
         """Open the store of pictures; ``emit`` is told when it goes away or is back."""
         return open_shelves(self.storage, self.data_dir, self.secret, emit)
+
+    @property
+    def schema(self) -> int:
+        """The schema that the database has."""
+        return len(MIGRATIONS)
 
     async def audit(self) -> AuditReport:
         """Recompute every invariant from the rows."""
@@ -233,11 +239,12 @@ async def open_books(
     except (DataDirError, GatewayError) as error:
         raise StartError(str(error)) from error
     try:
-        await migrate(database, now_ms=clock.now_ms())
+        applied = await migrate(database, now_ms=clock.now_ms())
         accounts, ledger = SqlAccounts(database), SqlLedger(database)
         outbox = SqlOutbox(database)
         yield Books(
             database=database,
+            migrations_applied=applied,
             processes=SqlProcesses(database),
             accounts=accounts,
             ledger=ledger,

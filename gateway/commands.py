@@ -537,6 +537,19 @@ def audit(config: Path | None, data_dir: Path | None, *, as_json: bool) -> None:
 
 
 @main.command()
+@listed
+def migrate(config: Path | None, data_dir: Path | None, *, as_json: bool) -> None:
+    """Bring the database's schema up to date, as serve does when it starts."""
+
+    async def run(books: Books) -> dict[str, int]:
+        return {"schema": books.schema, "applied": books.migrations_applied}
+
+    done = with_books(config, data_dir, run, new=True)
+    text = f"schema {done['schema']}, {done['applied']} steps applied"
+    show(done, text, as_json=as_json)
+
+
+@main.command()
 @click.option("--url", default="http://127.0.0.1:8080", show_default=True)
 def healthcheck(url: str) -> None:
     """Ask a running gateway whether it is ready; exits 1 if not."""

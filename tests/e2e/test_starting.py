@@ -73,6 +73,7 @@ def test_a_second_gateway_on_the_same_folder_is_refused(gateway: LiveGateway) ->
 
     assert answer.code == 1
     assert "another gateway already runs" in answer.err
+    assert "PostgreSQL" in answer.err
 
 
 def test_everything_wrong_with_a_config_is_said_at_once(tmp_path: Path) -> None:

@@ -82,12 +82,13 @@ class Dialect:
     """Where engines differ, which is only in how tables are made.
 
     ``immutable`` are the statements that make ``{table}`` refuse UPDATE and DELETE;
-    ``alone`` is one that keeps others who run it waiting until the transaction is over.
+    ``alone`` are those that keep others who run them waiting until the transaction is
+    over, where every writer does not wait for the others anyway.
     """
 
     blob: str
     immutable: tuple[str, ...]
-    alone: str | None = None
+    alone: tuple[str, ...] = ()
 
 
 class Database(Protocol):

@@ -10,6 +10,8 @@ from gateway.adapters.sql.database import Database, Dialect, Transaction
 class SchemaTooNewError(Exception):
     """The database was written by a newer imageway than this one."""
 
+    code = "schema_too_new"
+
 
 @dataclass(frozen=True, slots=True)
 class Migration:
@@ -304,6 +306,8 @@ MIGRATIONS = (
 async def migrate(database: Database, *, now_ms: int) -> int:
     """Bring the schema up to date, in one transaction; returns the steps applied.
 
+    Processes that do so at once wait for each other.
+
     Raises:
         SchemaTooNewError: a newer imageway has been here; nothing was changed.
         StoreFailedError: a step failed; nothing was changed.
@@ -313,8 +317,8 @@ async def migrate(database: Database, *, now_ms: int) -> int:
 
 
 async def _migrate(tx: Transaction, dialect: Dialect, now_ms: int) -> int:
-    if dialect.alone is not None:
-        await tx.all(dialect.alone)
+    for statement in dialect.alone:
+        await tx.all(statement)
     await tx.run(
         """CREATE TABLE IF NOT EXISTS schema_migrations (
             version BIGINT PRIMARY KEY, applied_ms BIGINT NOT NULL)"""
@@ -323,8 +327,9 @@ async def _migrate(tx: Transaction, dialect: Dialect, now_ms: int) -> int:
     version: int = row[0] if row else 0
     if version > len(MIGRATIONS):
         raise SchemaTooNewError(
-            f"the database has schema {version}, this imageway knows schemas up to "
-            f"{len(MIGRATIONS)}: upgrade imageway"
+            f"{SchemaTooNewError.code}: the database has schema {version}, this "
+            f"imageway knows schemas up to {len(MIGRATIONS)}: upgrade imageway. "
+            "Nothing was changed."
         )
     for number, migration in enumerate(MIGRATIONS[version:], start=version + 1):
         for statement in _statements(migration, dialect):

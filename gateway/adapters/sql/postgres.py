@@ -60,7 +60,11 @@ POSTGRES = Dialect(
         BEFORE UPDATE OR DELETE OR TRUNCATE ON {table}
         FOR EACH STATEMENT EXECUTE FUNCTION {table}_refuse()""",
     ),
-    alone="SELECT pg_advisory_xact_lock(7246173)",
+    # Whoever has it may need longer than the other locks are waited for.
+    alone=(
+        "SET LOCAL lock_timeout = '55s'",
+        "SELECT pg_advisory_xact_lock(7246173)",
+    ),
 )
 
 _IN_THE_WAY = (DeadlockDetectedError, SerializationError)
