@@ -85,9 +85,9 @@ $(VENV)/.dev: requirements/dev.txt $(VENV)/.run
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	@touch $@
 
-# PostgreSQL, which tests start for themselves. Without it their tests are skipped, but
-# not in CI. Nothing is left running: Debian would start it at once.
-ENGINES := $(shell ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || command -v postgres >/dev/null || echo postgresql)
+# PostgreSQL and Redis, which tests start for themselves. Without them their tests are
+# skipped, but not in CI. Nothing is left running: Debian would start both at once.
+ENGINES := $(shell command -v redis-server >/dev/null || echo redis-server; ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || command -v postgres >/dev/null || echo postgresql)
 engines:
 ifneq ($(ENGINES),)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
