@@ -160,9 +160,9 @@ class Gateway:
             self.log.note("drain_timeout", tasks=late)
         await self.journaled.replay()
         try:
-            # Who leaves requests unfinished is found to be lost once it is gone: they
-            # must not be closed by others while they may still end here.
-            if not self.runner.in_flight:
+            # Who leaves requests unfinished, or not yet booked, is found to be lost once
+            # it is gone: they must not be closed by others while they may end here.
+            if not self.runner.in_flight and not self.journaled.journal.waiting:
                 await self.recovery.leave()
         except Exception as error:  # noqa: BLE001 - a supervisor: the rest is closed
             self.log.on_crash(error, "leaving")

@@ -305,12 +305,12 @@ async def test_what_is_claimed_while_a_worker_is_stopped_is_let_go_of() -> None:
 
 
 async def test_a_claim_that_goes_wrong_is_told_and_tried_again() -> None:
-    office = Office(Counter(cheap=taking(20)))
+    office = Office(Counter(cheap=taking(60)))
     office.line.troubles = [StoreBusyError("busy"), ValueError("a row nobody expected")]
     office.line.waiting = [await office.claimed()]
     worker = office.worker()
 
-    await carrying(worker, 5)
+    await carrying(worker, 20)
 
     assert [type(error) for error in office.crashes] == [StoreBusyError, ValueError]
     assert worker.in_flight == 1
