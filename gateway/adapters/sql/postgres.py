@@ -223,7 +223,7 @@ class PostgresDatabase:
             except LockNotAvailableError as error:
                 raise _busy() from error
             except _FAILURES as error:
-                if committing and not readonly and connection.is_closed():
+                if committing and not readonly and _is_gone(connection):
                     raise _unknown() from error
                 raise _failed() from error
             return value
@@ -255,8 +255,17 @@ async def _keep_as_it_is(_: object) -> None:
 
 async def _undone(transaction: Undoing, connection: Closing) -> None:
     # A connection that is gone has undone all of it.
-    if not connection.is_closed():
+    if not _is_gone(connection):
         await transaction.rollback()
+
+
+def _is_gone(connection: Closing) -> bool:
+    # The pool takes a connection that breaks from its user at once, and then refuses to
+    # tell of it.
+    try:
+        return connection.is_closed()
+    except asyncpg.InterfaceError:
+        return True
 
 
 class Undoing(Protocol):
@@ -318,7 +327,7 @@ class _PostgresTransaction:
         return list(row)
 
     def is_closed(self) -> bool:
-        return bool(self._connection.is_closed())
+        return _is_gone(self._connection)
 
 
 Outcome = tuple[_Waiting, Any, Exception | None]
