@@ -160,8 +160,8 @@ class Gateway:
             self.log.note("drain_timeout", tasks=late)
         await self.journaled.replay()
         try:
-            # Who leaves requests unfinished, or not yet booked, is found to be lost once
-            # it is gone: they must not be closed by others while they may end here.
+            # Who leaves requests unfinished, or not booked, is found to be lost once it
+            # is gone: they must not be closed by others while they may end here.
             if not self.runner.in_flight and not self.journaled.journal.waiting:
                 await self.recovery.leave()
         except Exception as error:  # noqa: BLE001 - a supervisor: the rest is closed
