@@ -47,6 +47,7 @@ bench: setup-dev ## Measure speed and memory; prints figures
 	$(BIN)/python -m bench.ledger
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.fetching
+	$(BIN)/python -m bench.growth
 	$(BIN)/python -m bench.tasks
 	$(BIN)/python -m bench.overload
 	$(BIN)/python -m bench.speed

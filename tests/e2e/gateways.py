@@ -144,8 +144,11 @@ class LiveGateway:
         self._ended()
 
     def cli(self, *args: str) -> Answer:
-        """Run a command against the same data folder."""
-        done = command(*args, "--data-dir", str(self.data_dir))
+        """Run a command against the same data folder and config."""
+        options = ["--data-dir", str(self.data_dir)]
+        if self.config is not None:
+            options += ["--config", str(self.config)]
+        done = command(*args, *options, cwd=None, **self.env)
         assert done.code == 0 or args[0] == "audit", done
         return done
 

@@ -15,7 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.test_postgres import CONFIG, SECRET, Replica
+from tests.e2e.gateways import LiveGateway
+from tests.e2e.test_postgres import CONFIG, SECRET
 from tests.e2e.test_tasks import BODY, PATH, ended, made
 from tests.servers import PostgresServer
 
@@ -35,7 +36,7 @@ class House:
         (folder / "database").write_text(self.postgres.database())
         config = folder / "gateway.toml"
         config.write_text(CONFIG.format(latency_ms=latency_ms))
-        self.gateway = Replica(folder / "data", config=config)
+        self.gateway = LiveGateway(folder / "data", config=config)
         self.gateway.start()
         self.key = self.gateway.tenant("acme")
 
@@ -142,7 +143,7 @@ def test_what_was_answered_is_booked_even_if_the_gateway_is_killed_first(
     assert house.gateway.audit()["clean"]
 
 
-def started(gateway: Replica) -> bool:
+def started(gateway: LiveGateway) -> bool:
     with suppress(AssertionError):
         gateway.start()
         return True

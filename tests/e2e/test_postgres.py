@@ -43,28 +43,17 @@ def config_in(folder: Path, latency_ms: int = 0) -> Path:
     return path
 
 
-class Replica(LiveGateway):
-    """A gateway whose commands are told where its database is."""
-
-    def cli(self, *args: str):  # type: ignore[no-untyped-def]  # noqa: ANN201
-        done = command(
-            *args, "--data-dir", str(self.data_dir), "--config", str(self.config)
-        )
-        assert done.code == 0 or args[0] == "audit", done
-        return done
-
-
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[tuple[Replica, Replica]]:
+def pair(tmp_path: Path) -> Iterator[tuple[LiveGateway, LiveGateway]]:
     config = config_in(tmp_path, latency_ms=300)
-    first = Replica(tmp_path / "one", config=config)
-    second = Replica(tmp_path / "two", config=config)
+    first = LiveGateway(tmp_path / "one", config=config)
+    second = LiveGateway(tmp_path / "two", config=config)
     with first, second:
         yield first, second
 
 
 def test_a_gateway_on_postgresql_does_what_one_on_sqlite_does(tmp_path: Path) -> None:
-    with Replica(tmp_path / "data", config=config_in(tmp_path)) as gateway:
+    with LiveGateway(tmp_path / "data", config=config_in(tmp_path)) as gateway:
         key = gateway.tenant("acme")
         with gateway.client(key) as client:
             answer = client.post(PATH, json=BODY)
@@ -84,7 +73,7 @@ def test_a_gateway_on_postgresql_does_what_one_on_sqlite_does(tmp_path: Path) ->
 
 
 def test_credits_for_ten_buy_ten_however_many_gateways_are_asked(
-    pair: tuple[Replica, Replica],
+    pair: tuple[LiveGateway, LiveGateway],
 ) -> None:
     with pair[0].client(pair[0].tenant("rich")) as client:
         price = client.post(PATH, json=BODY).json()["usage"]["credits_used"]
@@ -104,7 +93,7 @@ def test_credits_for_ten_buy_ten_however_many_gateways_are_asked(
 
 
 def test_one_key_buys_once_whichever_gateway_it_is_sent_to(
-    pair: tuple[Replica, Replica],
+    pair: tuple[LiveGateway, LiveGateway],
 ) -> None:
     key = pair[0].tenant("once")
     headers = LATER | {"idempotency-key": "the-same-for-all-of-them"}
