@@ -73,7 +73,7 @@ STRETCHES = (
         mean_at_least=0.9997,
         oracle_within=2 * POINT,
     ),
-    Stretch("three upstreams", 3, SHORT, each_at_least=0.9999),
+    Stretch("three upstreams", 3, each_at_least=0.9999),
     Stretch("no failover (control)", 1, SHORT, mean_below=0.992),
     Stretch("two upstreams, async", 2, SHORT, patient=True),
     Stretch("two, 0.05 % in common", 2, SHORT, shared_share=0.0005),
