@@ -10,7 +10,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 from litestar import Litestar, Response
@@ -22,7 +24,7 @@ from gateway.adapters.convert import PillowStudio
 from gateway.adapters.data_dir import DataDir
 from gateway.adapters.events import FanOut
 from gateway.adapters.fetcher import GuardedFetcher
-from gateway.adapters.hot_memory import MemoryBoard
+from gateway.adapters.hot_memory import Alone, MemoryBoard
 from gateway.adapters.journal import DiskJournal, UnreadableError
 from gateway.adapters.logs import LogListener
 from gateway.adapters.memory import memory_gauge, trimmer
@@ -61,6 +63,7 @@ from gateway.core.errors import (
     NotFoundError,
     storage_full,
 )
+from gateway.core.fleet import Notice, Topic
 from gateway.core.idempotency import KEY_KEPT_MS
 from gateway.core.pressure import LAG_EVERY_MS
 from gateway.core.pricing import cost_rule
@@ -98,6 +101,9 @@ from providers.kit.spool import SpoolFolder
 from providers.kit.wire import Tools, Wire
 from providers.registry import PROVIDERS
 
+if TYPE_CHECKING:
+    from gateway.adapters.hot_redis.fleet import RedisFleet
+
 SWEEP_EVERY_S = 60.0
 EXPIRE_EVERY_S = 900.0
 AUDIT_EVERY_S = 3600.0
@@ -106,7 +112,6 @@ WEBHOOKS_EVERY_S = 1.0
 DRAINS_EVERY_S = 1.0
 LOOK_EVERY_S = 5.0
 CONNECTIONS_SPARE = 1.1
-WORKING_MAX_TASKS = 512
 TASK_KEPT_MS = 30 * 24 * 3600 * 1000
 FORGET_AT_ONCE = 200
 HEX = "0123456789abcdef"
@@ -141,6 +146,7 @@ class Gateway:
     shelves: Shelves
     leaving: Leaving
     leaving_s: float
+    fleet: RedisFleet | None = None
 
     async def run(self) -> None:
         """Work on tasks, and keep house, until cancelled."""
@@ -236,11 +242,13 @@ def build_gateway(
     providers, wire, catalogue = connect_providers(settings, books.data_dir.spool)
     offers = [offer for each in catalogue.offers.values() for offer in each]
     metrics.known([offer.id for offer in offers], list(catalogue.variants))
+    fleet = _fleet(settings, process_id, clock, events, log)
     board = MemoryBoard(
         clock,
         chance,
         events,
         slots={u.name: u.max_concurrent for u in settings.upstreams},
+        fleet=fleet or Alone(),
     )
     shelves = books.shelves(events.emit)
     blobs, uploads = shelves.results, shelves.uploads
@@ -302,10 +310,9 @@ def build_gateway(
         kept_inputs=kept_inputs,
         clock=clock,
         crashed=log.on_crash,
-        at_once=min(
-            WORKING_MAX_TASKS, sum(u.max_concurrent for u in settings.upstreams)
-        ),
+        at_once=sum(u.max_concurrent for u in settings.upstreams),
         places=_places(settings, catalogue),
+        share=board.share,
     )
     images = Images(
         catalogue=catalogue,
@@ -321,7 +328,7 @@ def build_gateway(
         replay=Replay(books.tasks, read_task, blobs, clock, spools),
         kept_inputs=kept_inputs,
         callback_rules=outside.callback_rules,
-        wake_worker=worker.wake,
+        wake_worker=worker.wake_any,
         storage_trouble=shelves.trouble,
         tenants_may_choose=settings.tenants_may_choose,
     )
@@ -421,7 +428,41 @@ def build_gateway(
         leaving=leaving,
         leaving_s=settings.server.leaving_s,
         shelves=shelves,
+        fleet=_joined(fleet, board, worker, authenticate, metrics),
     )
+
+
+def _fleet(
+    settings: Settings,
+    process_id: str,
+    clock: Clock,
+    events: FanOut,
+    log: LogListener,
+) -> RedisFleet | None:
+    if not settings.storage.redis:
+        return None
+    from gateway.adapters.hot_redis.connection import Guard, opener  # noqa: PLC0415 - only where it is asked for
+    from gateway.adapters.hot_redis.fleet import RedisFleet  # noqa: PLC0415
+
+    guard = Guard(opener(settings.storage.redis), events)
+    return RedisFleet(guard, clock, process_id, log.on_crash)
+
+
+def _joined(
+    fleet: RedisFleet | None,
+    board: MemoryBoard,
+    worker: Worker,
+    authenticate: Authenticate,
+    metrics: Metrics,
+) -> RedisFleet | None:
+    if fleet is None:
+        return None
+    fleet.board = board
+    fleet.heed[Topic.TASKS] = lambda _: worker.wake()
+    fleet.heed[Topic.KEYS] = authenticate.forget
+    worker.tell_others = partial(fleet.send, Notice(Topic.TASKS))
+    metrics.watch_fleet(lambda: board.processes)
+    return fleet
 
 
 @dataclass(frozen=True, slots=True)
@@ -499,6 +540,8 @@ async def started(
         await gateway.upstreams.refresh()
         if gateway.shelves.look is not None:
             await gateway.shelves.look()
+        if gateway.fleet is not None:
+            await gateway.fleet.exchange()
         log.note(
             "started",
             replayed_entries=replayed,
@@ -506,8 +549,24 @@ async def started(
             taken_over_tasks=taken_over,
             swept_spools=swept,
         )
-        yield gateway, listening, first.secret if first else None
+        async with _sharing(gateway.fleet):
+            yield gateway, listening, first.secret if first else None
     log.note("stopped")
+
+
+@asynccontextmanager
+async def _sharing(fleet: RedisFleet | None) -> AsyncIterator[None]:
+    # As long as there may be calls, drained or late: until then they have slots that
+    # other processes must not take.
+    if fleet is None:
+        yield
+        return
+    shared = asyncio.create_task(fleet.run())
+    try:
+        yield
+    finally:
+        shared.cancel()
+        await asyncio.wait({shared})
 
 
 def _journaled(

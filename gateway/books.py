@@ -27,6 +27,7 @@ from gateway.adapters.sql.sqlite import SqliteDatabase
 from gateway.adapters.sql.tasks import SqlTaskStore
 from gateway.core.errors import GatewayError, upstream_not_found
 from gateway.core.events import Event
+from gateway.core.fleet import Notice
 from gateway.core.money import NANO
 from gateway.core.preferences import routing_from_text
 from gateway.core.routing import Preferences
@@ -197,14 +198,26 @@ def check_storage(settings: Settings) -> None:
         StartError: this version has no such storage.
     """
     storage = settings.storage
-    supported = {
-        "redis": (storage.redis, ""),
-    }
-    for name, (asked, there) in supported.items():
-        if asked != there:
-            raise StartError(
-                f'storage.{name}: this version supports only "{there}" here.'
-            )
+    if storage.redis:
+        from gateway.adapters.hot_redis.connection import opener  # noqa: PLC0415 - only where it is asked for
+
+        try:
+            opener(storage.redis)
+        except ValueError as error:
+            raise StartError(f"storage.redis: {error}") from error
+
+
+def _announcer(settings: Settings) -> Callable[[Notice], Awaitable[None]]:
+    # For what changes while gateways run. One that is not reached notices by itself.
+    async def announce(notice: Notice) -> None:
+        if not settings.storage.redis:
+            return
+        from gateway.adapters.hot_redis import connection, fleet  # noqa: PLC0415 - only where it is asked for
+
+        text = fleet.notices_text("command", [notice])
+        await connection.publish_once(connection.opener(settings.storage.redis), text)
+
+    return announce
 
 
 @asynccontextmanager
@@ -254,7 +267,9 @@ async def open_books(
             outbox=outbox,
             drains=SqlDrains(database),
             tenants=ManageTenants(accounts, ledger, clock, chance),
-            keys=ManageKeys(accounts, clock, chance, secret),
+            keys=ManageKeys(
+                accounts, clock, chance, secret, announce=_announcer(settings)
+            ),
             webhooks=ManageWebhooks(outbox, accounts, clock, secret),
             data_dir=data_dir,
             secret=secret,

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 from gateway.core.breaker import BreakerState, Health, Outcome, Window
 from gateway.core.events import Event
+from gateway.core.fleet import Hearing, Notice, Telling
 from gateway.core.ledger import Balance, Settled
 from gateway.core.pricing import CostSource
 from gateway.core.routing import NO_PREFERENCES, Preferences
@@ -793,6 +794,52 @@ class HealthBoard(Protocol):
 
     async def report(self, permit: Permit, outcome: Outcome) -> None:
         """Give the slot back and note how the call went."""
+        ...
+
+
+class Fleet(Protocol):
+    """The other processes, as a health board needs them. Never fails.
+
+    Where they cannot be reached each process decides alone.
+    """
+
+    def stir(self) -> None:
+        """Say that the board has something to tell; returns at once."""
+        ...
+
+    async def may_probe(self, breaker: str) -> bool:
+        """Take the only probe of a half open breaker in the whole fleet.
+
+        It is kept while ``Member.tell`` names it, and given back after that.
+        """
+        ...
+
+    async def may_force(self, breaker: str) -> bool:
+        """Take the one try in 5 s that an open breaker allows in the whole fleet."""
+        ...
+
+
+class Member(Protocol):
+    """A health board, as the fleet sees it."""
+
+    def tell(self) -> Telling:
+        """Tell what is new since the last time."""
+        ...
+
+    def keep(self, telling: Telling) -> None:
+        """Take back what could not be told: it is told again. Its counts are lost."""
+        ...
+
+    def hear(self, hearing: Hearing) -> None:
+        """Take over what the others told."""
+        ...
+
+
+class Notices(Protocol):
+    """Short notices from process to process. They may be lost; sending never fails."""
+
+    def send(self, notice: Notice) -> None:
+        """Send it soon; returns at once."""
         ...
 
 

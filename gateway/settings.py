@@ -449,7 +449,12 @@ GATEWAY_KEYS: tuple[Key, ...] = (
         keys=(
             Key("data_dir", Kind.TEXT, "Folder of everything on disk.", "data"),
             Key("database", Kind.LOCATOR, "sqlite, or postgresql://...", "sqlite"),
-            Key("redis", Kind.LOCATOR, "Empty, or redis://...", ""),
+            Key(
+                "redis",
+                Kind.LOCATOR,
+                "What several processes share: empty, or redis://...",
+                "",
+            ),
             Key("results", Kind.LOCATOR, "disk, or s3://bucket/prefix.", "disk"),
             Key(
                 "results_endpoint",
@@ -946,7 +951,10 @@ def _check_locator(text: str, key: Key, *, password_allowed: bool) -> str:
 
 _LOCATOR_SCHEMES = {
     "database": ("postgresql", "postgres"),
-    "redis": ("redis", "rediss", "unix"),
+    "redis": (
+        *("redis", "rediss", "unix"),
+        *("redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"),
+    ),
     "results": ("s3", "gs", "az"),
 }
 

@@ -32,6 +32,8 @@ LEASE_MS = 30_000
 RENEW_EVERY_S = 3.0
 POLL_EVERY_S = 1.0
 HAND_OVER_EVERY_S = 2.0
+WORKING_MAX_TASKS = 512
+"""Of one process."""
 PLACES_PER_SPARE = 32
 """Of so many places of a worker one is kept for variants with few tasks under way."""
 TAKE_UP_MIN_MS = 60_000
@@ -114,6 +116,9 @@ class Worker:
     ``places`` is how many of each variant: a slow upstream keeps its own tasks waiting,
     and no others.
 
+    Both are for the whole fleet: ``share`` tells this process's part of them.
+    ``tell_others`` wakes the workers of other processes.
+
     A task is claimed for a short lease that is renewed while the work goes on. Whoever
     finds a lease ended takes the task over: what had a job id is polled on, what may
     have been bought is bought again at most once, what was never sent is routed anew.
@@ -127,6 +132,8 @@ class Worker:
     crashed: Callable[[BaseException, str], None]
     at_once: int
     places: Mapping[str, int] = field(default_factory=dict)
+    share: Callable[[int], int] = int
+    tell_others: Callable[[], None] = lambda: None
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _running: dict[str, _Held] = field(default_factory=dict)
     _stopped: bool = False
@@ -134,6 +141,17 @@ class Worker:
     def wake(self) -> None:
         """Say that there is something to do."""
         self._news.set()
+
+    def wake_any(self) -> None:
+        """Say so to the others too, if this one may not be able to do it."""
+        self.wake()
+        busy = len(self._running) >= self._most
+        if self._stopped or busy or self._full():
+            self.tell_others()
+
+    @property
+    def _most(self) -> int:
+        return min(WORKING_MAX_TASKS, self.share(self.at_once))
 
     @property
     def in_flight(self) -> int:
@@ -149,7 +167,7 @@ class Worker:
         """Take tasks until stopped or cancelled; what was taken then goes on."""
         while not self._stopped:
             claimed = None
-            if len(self._running) < self.at_once:
+            if len(self._running) < self._most:
                 claimed = await self._claimed()
             if claimed is not None:
                 self._start(claimed)
@@ -190,6 +208,8 @@ class Worker:
                 continue
             except Exception as error:  # noqa: BLE001 - a supervisor: others may do
                 self.crashed(error, task_id)
+        if given:
+            self.tell_others()
         return given
 
     async def _let_go(self, task_id: str, held: _Held) -> bool:
@@ -222,14 +242,15 @@ class Worker:
         # The last places of all are for variants with few tasks: a variant with a place
         # for every slot, where slots are more than places, would take the others' too.
         begun = Counter(held.variant for held in self._running.values())
+        places = {variant: self.share(most) for variant, most in self.places.items()}
         spare = 0
-        if len(self.places) > 1 and sum(self.places.values()) > self.at_once:
-            spare = self.at_once // PLACES_PER_SPARE
-        is_tight = self.at_once - len(self._running) <= spare
-        few = max(1, spare // max(1, len(self.places)))
+        if len(places) > 1 and sum(places.values()) > self._most:
+            spare = self._most // PLACES_PER_SPARE
+        is_tight = self._most - len(self._running) <= spare
+        few = max(1, spare // max(1, len(places)))
         return [
             variant
-            for variant, most in self.places.items()
+            for variant, most in places.items()
             if begun[variant] >= (min(most, few) if is_tight else most)
         ]
 

@@ -23,6 +23,7 @@ from gateway.core.events import (
     PressureChanged,
     RequestFinished,
     RequestShed,
+    SharedStateChanged,
     StoreChanged,
     TaskFinished,
     UpstreamChanged,
@@ -47,6 +48,7 @@ _NAMES = {
     PressureChanged: "pressure",
     StoreChanged: "store",
     Journaled: "journal",
+    SharedStateChanged: "shared_state",
 }
 
 

@@ -27,6 +27,7 @@ from gateway.core.events import (
     PressureChanged,
     RequestFinished,
     RequestShed,
+    SharedStateChanged,
     StoreChanged,
     TaskFinished,
     UpstreamChanged,
@@ -124,6 +125,11 @@ class Metrics:
             "1 while the object store takes no pictures; 0 with pictures on disk.",
             registry=self.registry,
         )
+        self._degraded = Gauge(
+            "imageway_shared_state_degraded",
+            "1 while each process decides alone because Redis is out of reach.",
+            registry=self.registry,
+        )
         self.drift = Gauge(
             "imageway_ledger_drift_nanocredits",
             "Sum of all drift that the last audit found; must be 0.",
@@ -170,6 +176,15 @@ class Metrics:
         )
         lag.set_function(lambda: lag_ms() / 1000)
 
+    def watch_fleet(self, processes: Callable[[], int]) -> None:
+        """Show how many processes share the upstreams' slots."""
+        fleet = Gauge(
+            "imageway_fleet_processes",
+            "Processes that share the upstreams, as this one sees them.",
+            registry=self.registry,
+        )
+        fleet.set_function(processes)
+
     def known(self, offer_ids: list[str], variants: list[str]) -> None:
         """Show every offer and variant from the start, at zero."""
         for offer_id in offer_ids:
@@ -190,8 +205,8 @@ class Metrics:
                 self._on_task(event)
             case BreakerChanged():
                 self._on_breaker(event)
-            case UpstreamChanged():
-                self._on_upstream(event)
+            case UpstreamChanged() | SharedStateChanged():
+                self._on_change(event)
             case StoreChanged() | WebhookTried():
                 self._on_other(event)
             case HoldRefused() | RequestShed() | PressureChanged() | Journaled():
@@ -212,8 +227,10 @@ class Metrics:
         if event.state == "open":
             self._opened(event.offer_id).inc()
 
-    def _on_upstream(self, event: UpstreamChanged) -> None:
-        if event.change != "reset":
+    def _on_change(self, event: UpstreamChanged | SharedStateChanged) -> None:
+        if isinstance(event, SharedStateChanged):
+            self._degraded.set(event.degraded)
+        elif event.change != "reset":
             self._drained(event.upstream).set(event.change == "drained")
 
     def _on_request(self, event: RequestFinished) -> None:

@@ -147,6 +147,21 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
+class Others:
+    """What other processes saw of an offer lately; it is not in our records.
+
+    ``streak`` is how many of their calls went bad in a row, since the last good one.
+    """
+
+    good: int = 0
+    bad: int = 0
+    streak: int = 0
+
+
+NOBODY = Others()
+
+
+@dataclass(frozen=True, slots=True)
 class Health:
     """What is known of an offer at this moment.
 
@@ -210,25 +225,45 @@ def slow_after_ms(record: Record) -> float:
     return max(SLOW_AFTER_MS, SLOW_TIMES_USUAL * (record.usual_ms or 0.0))
 
 
-def trouble(record: Record, flights: Reversible[Flight], now_ms: int) -> str | None:
+def trouble(
+    record: Record, flights: Reversible[Flight], now_ms: int, others: Others = NOBODY
+) -> str | None:
     """Say why the breaker must open now, if it must. ``flights`` come oldest first.
 
     Failures come home before successes do, so failures in a row count only where there
-    are as many of them as there are calls still out.
+    are as many of them as there are calls still out. What ``others`` saw counts beside
+    what was seen here, but never without it.
     """
     seen = window_of(record, flights, now_ms)
-    bad = seen.bad + seen.slow
-    calls = seen.good + bad
-    streak = record.bad_streak + seen.slow_streak
-    if streak >= BAD_STREAK_OPENS and (
-        seen.slow_streak >= BAD_STREAK_OPENS
-        or _out_since(record.bad_since_ms, flights, streak) <= streak
+    ours = record.bad_streak + seen.slow_streak
+    if not ours and not seen.bad and not seen.slow:
+        return None
+    bad = seen.bad + seen.slow + others.bad
+    calls = seen.good + others.good + bad
+    streak = ours + others.streak
+    if (
+        ours
+        and streak >= BAD_STREAK_OPENS
+        and (
+            seen.slow_streak >= BAD_STREAK_OPENS
+            or _out_since(record.bad_since_ms, flights, ours) <= ours
+        )
     ):
         what = "slow calls" if seen.slow_streak else "failures"
         return f"{streak} {what} in a row"
     if calls >= CALLS_MIN and bad >= BAD_SHARE_OPENS * calls:
         return f"{bad} of {calls} calls bad in {WINDOW_MS // 1000} s"
     return None
+
+
+def proven_streak(record: Record, flights: Reversible[Flight], now_ms: int) -> int:
+    """Count our failures in a row, for others; 0 while more calls than that are out.
+
+    ``flights`` come oldest first.
+    """
+    seen = window_of(record, flights, now_ms)
+    ours = record.bad_streak + seen.slow_streak
+    return ours if _out_since(record.bad_since_ms, flights, ours) <= ours else 0
 
 
 def _out_since(since_ms: int, flights: Reversible[Flight], enough: int) -> int:
@@ -360,18 +395,19 @@ def closed_by_hand(record: Record, now_ms: int) -> Record:
 
 
 def reentry_room(
-    record: Record, flights: Reversible[Flight], now_ms: int
+    record: Record, flights: Reversible[Flight], now_ms: int, processes: int = 1
 ) -> int | None:
     """How many more calls a returning offer may take; None once it is back.
 
-    Calls from before its return, which may hang for minutes yet, take no room.
+    Calls from before its return, which may hang for minutes yet, take no room. Of
+    several ``processes`` each has its part of the room, and one call at least.
     """
     if record.closed_at_ms is None:
         return None
     back_ms = now_ms - record.closed_at_ms
     if back_ms >= REENTRY_MS:
         return None
-    allowed = REENTRY_SLOTS << back_ms // REENTRY_STEP_MS
+    allowed = max(1, (REENTRY_SLOTS << back_ms // REENTRY_STEP_MS) // processes)
     return allowed - _out_since(record.closed_at_ms, flights, allowed)
 
 

@@ -151,6 +151,14 @@ class Journaled:
     outcome: str
 
 
+@dataclass(frozen=True, slots=True)
+class SharedStateChanged:
+    """What the processes share in Redis is out of reach from now on, or again there."""
+
+    degraded: bool
+    reason: str = ""
+
+
 Event = (
     RequestFinished
     | AttemptFinished
@@ -163,4 +171,5 @@ Event = (
     | PressureChanged
     | StoreChanged
     | Journaled
+    | SharedStateChanged
 )

@@ -49,6 +49,22 @@ def slots_after(
     return replace(slots, now=fewer, good_run=0, shrunk_at_ms=now_ms)
 
 
+def share_of(most: int, processes: int, rank: int) -> int:
+    """Tell how much of something a process has, with the others as many as ``most``.
+
+    ``rank`` counts from 0. Nobody goes without: of more processes than there are
+    slots each has one.
+    """
+    return max(1, most // processes + (rank < most % processes))
+
+
+def resized(slots: Slots, most: int) -> Slots:
+    """Fit the slots to another number allowed; how far they shrank stays."""
+    if most == slots.most:
+        return slots
+    return replace(slots, most=most, now=max(1.0, slots.now * most / slots.most))
+
+
 def _grown(slots: Slots) -> Slots:
     if slots.good_run + 1 < slots.now:
         return replace(slots, good_run=slots.good_run + 1)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from gateway.core import keys as rules
 from gateway.core.errors import NotFoundError, UnauthorizedError
+from gateway.core.fleet import Notice, Topic
 from gateway.core.routing import NO_PREFERENCES, Preferences
 from gateway.ports import Accounts, Chance, Clock, Key, Tenant
 
@@ -25,6 +27,16 @@ class Authenticate:
     clock: Clock
     pepper: bytes
     _known: OrderedDict[bytes, tuple[int, Key]] = field(default_factory=OrderedDict)
+    _forgotten: int = 0
+
+    def forget(self, key_id: str) -> None:
+        """Ask the store again for a key that was changed; an empty id means all."""
+        self._forgotten += 1
+        if not key_id:
+            self._known.clear()
+        for digest, (_, key) in list(self._known.items()):
+            if key.id == key_id:
+                del self._known[digest]
 
     async def __call__(self, authorization: str | None) -> Key:
         """Find the key of an ``Authorization`` header.
@@ -58,10 +70,13 @@ class Authenticate:
         known = self._known.get(digest)
         if known is not None and now_ms - known[0] < KNOWN_FOR_MS:
             return known[1]
+        forgotten = self._forgotten
         key = await self.accounts.key_by_digest(digest)
         if key is None:
             self._known.pop(digest, None)
             return None
+        if forgotten != self._forgotten:
+            return key  # it may have been read before the change
         self._known[digest] = (now_ms, key)
         self._known.move_to_end(digest)
         if len(self._known) > KNOWN_MAX_KEYS:
@@ -84,14 +99,22 @@ class NewKey:
     secret: str = field(repr=False)
 
 
+async def _tell_nobody(notice: Notice) -> None:
+    del notice
+
+
 @dataclass(frozen=True, slots=True)
 class ManageKeys:
-    """Makes, lists and revokes the keys of a tenant."""
+    """Makes, lists and revokes the keys of a tenant.
+
+    ``announce`` tells running gateways, as far as they can be reached; it never fails.
+    """
 
     accounts: Accounts
     clock: Clock
     chance: Chance
     pepper: bytes
+    announce: Callable[[Notice], Awaitable[None]] = _tell_nobody
 
     async def create(
         self,
@@ -126,3 +149,4 @@ class ManageKeys:
         """
         if not await self.accounts.revoke_key(key_id, now_ms=self.clock.now_ms()):
             raise NotFoundError(f"There is no key {key_id}.", code="key_not_found")
+        await self.announce(Notice(Topic.KEYS, key_id))

@@ -203,7 +203,7 @@ def test_an_audit_of_a_folder_without_books_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "typo").exists()
 
 
-@pytest.mark.parametrize("setting", ["REDIS=redis://h:1"])
+@pytest.mark.parametrize("setting", ["REDIS=redis://h:1?db=x"])
 def test_storage_that_is_not_there_yet_is_refused(tmp_path: Path, setting: str) -> None:
     name, _, value = setting.partition("=")
     env = {f"IMAGEWAY__STORAGE__{name}": value}

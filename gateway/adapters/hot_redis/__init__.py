@@ -1,0 +1,1 @@
+"""What the processes of a fleet share in Redis: soft state that may be lost."""
