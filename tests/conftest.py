@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.object_store import S3Server, running_s3
+from tests.redis_server import RedisServer
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,3 +32,24 @@ def s3() -> Iterator[S3Server]:
     """An S3 server; each test has a bucket of its own in it."""
     with running_s3() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def _one_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture
+def redis(_one_redis: RedisServer) -> RedisServer:
+    """A Redis with nothing in it, not to be stopped."""
+    _one_redis.empty()
+    return _one_redis
+
+
+@pytest.fixture
+def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis to be killed and frozen."""
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+        server.thaw()

@@ -100,6 +100,7 @@ class _News:
     """What is to be told; ``pauses`` says whether it was ended by hand."""
 
     breakers: set[str] = field(default_factory=set)
+    by_hand: set[str] = field(default_factory=set)
     pauses: dict[str, bool] = field(default_factory=dict)
     probed: set[str] = field(default_factory=set)
 
@@ -215,10 +216,12 @@ class MemoryBoard:
         now_ms = self.clock.monotonic_ms()
         credential = self._credential(upstream)
         credential.record, credential.reset_at_ms = Record(), now_ms
+        self._news.by_hand.add(upstream)
         self._to_tell(upstream)
         for route in self._routes_of(upstream):
             route.record = breaker.closed_by_hand(route.record, now_ms)
             self._news.pauses[route.name] = True
+            self._news.by_hand.add(route.name)
             self._to_tell(route.name, route)  # it may be open elsewhere
             self._health(route, now_ms)  # tells of the change
 
@@ -231,6 +234,7 @@ class MemoryBoard:
             stances={
                 n: fleet.stance_of(self._record(n), now_ms) for n in news.breakers
             },
+            by_hand=frozenset(news.by_hand),
             pauses=self._pauses(news.pauses, now_ms),
             counts=self._counts(),
             streaks=self._streaks(now_ms),
@@ -242,6 +246,7 @@ class MemoryBoard:
     def keep(self, telling: Telling) -> None:
         """Take back what could not be told: it is told again. Its counts are lost."""
         self._news.breakers |= telling.stances.keys()
+        self._news.by_hand |= telling.by_hand
         self._news.probed |= telling.probed
         for name, pause_ms in telling.pauses.items():
             self._news.pauses.setdefault(name, pause_ms == 0)

@@ -60,10 +60,12 @@ class Telling:
     how many calls ended well and badly since the last telling. ``streaks`` is how many
     went bad in a row and how long ago the first of them began; ``proofs`` how long ago
     the last good call began. ``probing`` are breakers that a call under way probes,
-    ``probed`` those that none does any more.
+    ``probed`` those that none does any more. Of the ``stances`` those ``by_hand`` count
+    whatever others told meanwhile.
     """
 
     stances: Mapping[str, Stance] = field(default_factory=dict)
+    by_hand: frozenset[str] = frozenset()
     pauses: Mapping[str, int] = field(default_factory=dict)
     counts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     streaks: Mapping[str, tuple[int, int]] = field(default_factory=dict)

@@ -63,6 +63,15 @@ redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ms - ARGV[2])
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 return {ms, redis.call('ZRANGE', KEYS[1], 0, -1)}
 """
+_TELL = """
+local told = redis.call('HGET', KEYS[1], ARGV[1])
+if told and ARGV[2] ~= '*' and string.match(told, '^%S+ (%S+)') ~= ARGV[2] then
+  return 0
+end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
+redis.call('PEXPIRE', KEYS[1], ARGV[4])
+return 1
+"""
 _TAKE = """
 local told = redis.call('HGET', KEYS[1], ARGV[1])
 if told and string.match(told, '^%S+ (%S+)') ~= ARGV[2] then return -1 end
@@ -99,6 +108,7 @@ class RedisFleet:
     _ahead_ms: int | None = None
     """What to add to our clock to have that of Redis."""
     _versions: dict[str, str] = field(default_factory=dict)
+    _pending: dict[str, str] = field(default_factory=dict)
     _old: list[str] = field(default_factory=list)
     _told: int = 0
     _counts: Counts = field(default_factory=Counts)
@@ -233,6 +243,7 @@ class RedisFleet:
         )
         if answers is None:
             return False
+        self._versions |= self._pending
         live = self._beaten(answers[0])
         stances, streaks, *counts = answers[-len(reads) :]
         self._counts.all |= dict(zip(numbers, counts, strict=True))
@@ -266,14 +277,18 @@ class RedisFleet:
     # --- what is told ---
 
     def _stances_told(self, telling: Telling, now_ms: int) -> Iterable[Command]:
+        # What others told meanwhile is not written over, but taken over: an opening
+        # that is late must not undo a closing. A pause undoes nothing.
+        self._pending.clear()
         texts = {n: msgspec.json.encode(s).decode() for n, s in telling.stances.items()}
         texts |= {_PAUSE + name: str(ms) for name, ms in telling.pauses.items()}
         for name, text in texts.items():
             self._told += 1
-            version = self._versions[name] = f"{self.process}.{self._told}"
-            yield ("HSET", _STANCES, name, f"{now_ms} {version} {text}")
-        if texts:
-            yield ("PEXPIRE", _STANCES, STANCE_KEPT_MS)
+            version = self._pending[name] = f"{self.process}.{self._told}"
+            anyway = name in telling.by_hand or name.startswith(_PAUSE)
+            known = "*" if anyway else self._versions.get(name, "")
+            value = f"{now_ms} {version} {text}"
+            yield ("EVAL", _TELL, 1, _STANCES, name, known, value, STANCE_KEPT_MS)
         old, self._old = self._old, []
         if old:
             yield ("HDEL", _STANCES, *old)
