@@ -14,9 +14,11 @@ from typing import Self
 
 import pytest
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 
-START_MAX_S = 20
+START_MAX_S = 60
 LOOK_EVERY_S = 0.02
 MISSING = (
     "redis-server is not installed. make test installs it where it may; elsewhere "
@@ -46,6 +48,7 @@ class RedisServer:
 
     folder: Path
     options: tuple[str, ...] = ()
+    program_args: tuple[str, ...] = ()
     port: int = field(default_factory=free_port)
     password: str = ""
     _process: subprocess.Popen[bytes] | None = None
@@ -69,7 +72,7 @@ class RedisServer:
         keeps = ["--dir", str(self.folder), "--save", "", "--appendonly", "no"]
         secret = ["--requirepass", self.password] if self.password else []
         self._process = subprocess.Popen(
-            [program(), *where, *keeps, *secret, *self.options],
+            [program(), *self.program_args, *where, *keeps, *secret, *self.options],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -101,7 +104,10 @@ class RedisServer:
     def client(self) -> Redis:
         """A client to look into it."""
         return Redis(
-            port=self.port, password=self.password or None, decode_responses=True
+            port=self.port,
+            password=self.password or None,
+            decode_responses=True,
+            retry=Retry(NoBackoff(), 0),
         )
 
     def commands(self) -> int:

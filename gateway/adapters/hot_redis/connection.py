@@ -178,10 +178,14 @@ async def _answers(client: Client, commands: Sequence[Command]) -> list[Any]:
 
 async def closed(client: Client | None) -> None:
     """Close a client, whatever state it is in."""
-    if client is not None:
+    if client is None:
+        return
+    pool: Any = getattr(client, "connection_pool", None)
+    watchers = getattr(getattr(pool, "sentinel_manager", None), "sentinels", ())
+    for each in (client, *watchers):
         with suppress(RedisError, OSError, TimeoutError):
             async with asyncio.timeout(CALL_MAX_S):
-                await client.aclose()
+                await each.aclose()
 
 
 async def publish_once(open_client: Callable[[], Client], text: str) -> bool:
