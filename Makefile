@@ -50,6 +50,7 @@ bench: setup-dev ## Measure speed and memory; prints figures
 	$(BIN)/python -m bench.growth
 	$(BIN)/python -m bench.tasks
 	$(BIN)/python -m bench.overload
+	$(BIN)/python -m bench.shared_state
 	$(BIN)/python -m bench.speed
 
 simulate: setup-dev ## Simulate years of outages; prints availability, cost and more

@@ -1,0 +1,31 @@
+"""Redis is lost in every way there is, under load: nobody notices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.chaos.outages import outages, stream
+from tests.redis_server import RedisServer
+
+EACH_S = 5.0
+WHOLE_EACH_S = 30.0
+
+
+def test_no_request_fails_while_redis_is_killed_frozen_and_emptied(
+    tmp_path: Path, own_redis: RedisServer, *, whole: bool
+) -> None:
+    phases = outages(own_redis, WHOLE_EACH_S if whole else EACH_S)
+
+    gateways = stream(tmp_path, own_redis, phases)
+
+    assert {phase.name: phase.failed for phase in phases} == {
+        phase.name: 0 for phase in phases
+    }
+    for gateway in gateways:
+        lines = [json.loads(line) for line in gateway.logs if line.startswith("{")]
+        told = [x["degraded"] for x in lines if x["event"] == "shared_state"]
+        # A starved machine may lose it in between, too.
+        assert len(told) >= 4
+        assert told == [True, False] * (len(told) // 2)
+        assert not [x for x in lines if x["event"] == "crash"]
