@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import pytest
 
 from gateway.adapters.hot_memory import MemoryBoard
@@ -9,6 +11,7 @@ from gateway.core.breaker import BreakerState, Outcome
 from gateway.core.events import BreakerChanged
 from gateway.ports import AccountView, LastFailure, RouteView
 from providers.kit.contract import FailureKind, Operation
+from tests.contract.fleets import Process
 from tests.fakes import FakeChance, FakeEvents, StillClock
 
 OFFER, EDIT, MAKE = "up/gpt-image-2", Operation.EDIT, Operation.GENERATE
@@ -17,28 +20,46 @@ OFFER, EDIT, MAKE = "up/gpt-image-2", Operation.EDIT, Operation.GENERATE
 class Stage:
     """One upstream of four slots on a board, and a clock to move."""
 
-    def __init__(self) -> None:
+    def __init__(self, redis_url: str | None) -> None:
         self.clock, self.events = StillClock(), FakeEvents()
-        self.board = MemoryBoard(self.clock, FakeChance(), self.events, {"up": 4})
+        if redis_url is None:
+            self.board = MemoryBoard(self.clock, FakeChance(), self.events, {"up": 4})
+            self.process = None
+        else:
+            self.process = Process("one", redis_url, self.clock, 4, self.events)
+            self.board = self.process.board
+
+    async def shared(self) -> None:
+        """Tell and hear, if there is a fleet."""
+        if self.process is not None:
+            assert await self.process.fleet.exchange()
 
     async def calls(self, count: int, kind: FailureKind | None = None) -> None:
         for _ in range(count):
             permit = await self.board.admit(OFFER, MAKE)
             assert permit is not None
             await self.board.report(permit, Outcome(kind=kind))
+            await self.shared()
 
     async def look(self) -> tuple[AccountView, RouteView]:
+        await self.shared()
         account = await self.board.look("up", [(OFFER, MAKE), (OFFER, EDIT)])
         assert [view.operation for view in account.routes] == [MAKE, EDIT]
         return account, account.routes[0]
 
     async def state(self) -> BreakerState:
+        await self.shared()
         return (await self.board.read([OFFER], MAKE))[OFFER].state
 
 
-@pytest.fixture
-def stage() -> Stage:
-    return Stage()
+@pytest.fixture(params=["memory", "redis"])
+async def stage(request: pytest.FixtureRequest) -> AsyncIterator[Stage]:
+    of_redis = request.param == "redis"
+    url = request.getfixturevalue("redis").url if of_redis else None
+    made = Stage(url)
+    yield made
+    if made.process is not None:
+        await made.process.fleet.leave()
 
 
 async def test_an_upstream_that_nobody_called_is_well(stage: Stage) -> None:
