@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.figures import Table
 from tests.chaos.outages import Phase, outages, stream
-from tests.redis_server import RedisServer
+from tests.servers import RedisServer
 
 ADDED_MAX_MS = 60.0
 IDLE_S = 10.0

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.object_store import S3Server, running_s3
-from tests.redis_server import RedisServer
+from tests.servers import RedisServer
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

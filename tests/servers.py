@@ -1,6 +1,7 @@
 """Real engines for tests: started on private ports and folders, ended with the run.
 
 One PostgreSQL serves a whole test process; each test has a database of its own in it.
+One Redis does too, and is emptied for each test; those that are stopped have their own.
 """
 
 from __future__ import annotations
@@ -11,15 +12,21 @@ import itertools
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Self
 
 import pytest
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
 
 START_MAX_S = 60
 USER = "imageway"
@@ -181,6 +188,98 @@ def _shared_postgres() -> PostgresServer:
 def postgres_database() -> str:
     """Make an empty database in the PostgreSQL of this process; returns its URL."""
     return _shared_postgres().database()
+
+
+@dataclass(slots=True)
+class RedisServer:
+    """One server; it can be killed, started again, frozen and emptied."""
+
+    folder: Path
+    options: tuple[str, ...] = ()
+    program_args: tuple[str, ...] = ()
+    port: int = field(default_factory=free_port)
+    password: str = ""
+    _process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    @property
+    def url(self) -> str:
+        secret = f":{self.password}@" if self.password else ""
+        return f"redis://{secret}127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start it, empty, and wait until it answers."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        where = ["--port", str(self.port), "--bind", "127.0.0.1"]
+        keeps = ["--dir", str(self.folder), "--save", "", "--appendonly", "no"]
+        secret = ["--requirepass", self.password] if self.password else []
+        self._process = subprocess.Popen(
+            [
+                program("redis-server"),
+                *self.program_args,
+                *where,
+                *keeps,
+                *secret,
+                *self.options,
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        until_s = time.monotonic() + START_MAX_S
+        while not self._answers():
+            assert self._process.poll() is None, "the server has ended"
+            assert time.monotonic() < until_s, "the server does not answer"
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """End it at once; what it held is lost."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def freeze(self) -> None:
+        """Stop its time: connections stay, and nothing is answered."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        self._signal(signal.SIGCONT)
+
+    def empty(self) -> None:
+        """Forget everything in it."""
+        with self.client() as client:
+            client.flushall()
+
+    def client(self) -> Redis:
+        """A client to look into it."""
+        return Redis(
+            port=self.port,
+            password=self.password or None,
+            decode_responses=True,
+            retry=Retry(NoBackoff(), 0),
+        )
+
+    def commands(self) -> int:
+        """How many commands it has run."""
+        with self.client() as client:
+            return int(client.info("stats")["total_commands_processed"])
+
+    def _answers(self) -> bool:
+        try:
+            with self.client() as client:
+                return bool(client.ping())
+        except RedisError:
+            return False
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
 
 
 def _wait_for_port(port: int, server: subprocess.Popen[bytes]) -> None:

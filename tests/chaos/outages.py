@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 
 from tests.e2e.gateways import LiveGateway
-from tests.redis_server import RedisServer
+from tests.servers import RedisServer
 
 RATE_PER_S = 20
 BODY = {"prompt": "a fox", "size": "1:1", "quality": "low"}

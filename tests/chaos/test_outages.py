@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from tests.chaos.outages import outages, stream
-from tests.redis_server import RedisServer
+from tests.servers import RedisServer
 
 EACH_S = 5.0
 WHOLE_EACH_S = 30.0

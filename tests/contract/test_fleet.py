@@ -12,7 +12,7 @@ from gateway.core.events import BreakerChanged
 from providers.kit.contract import FailureKind
 from tests.contract.fleets import MAKE, OFFER, Fleet, Process, a_fleet
 from tests.fakes import StillClock
-from tests.redis_server import RedisServer
+from tests.servers import RedisServer
 
 CLOSED, OPEN, HALF_OPEN, PAUSED = (
     BreakerState.CLOSED,

@@ -28,7 +28,7 @@ from providers.kit.contract import FailureKind
 from tests.contract.fleets import Process, running
 from tests.contract.stores import Sqlite
 from tests.fakes import FakeChance, FakeEvents, StillClock
-from tests.redis_server import RedisServer, free_port
+from tests.servers import RedisServer, free_port
 
 SECRET = "s3cret-of-redis"
 INFO = "CLUSTER INFO"
