@@ -18,7 +18,7 @@ from tests.e2e.gateways import command
 from tests.e2e.images import ROOT, Step, read_steps
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::([-?])([^}]*))?\}")
-_SECRET = re.compile(r"PASSWORD|SECRET|KEY|AUTH$|DATABASE")
+_SECRET = re.compile(r"PASSWORD|SECRET|KEY|AUTH$|DATABASE|REDIS")
 ROOTED = {"s3"}
 """Its volume belongs to root; it has no capability all the same."""
 
@@ -144,7 +144,7 @@ def test_only_this_machine_reaches_what_is_published_and_nobody_the_stores() -> 
         for port in service(name).get("ports", []):
             assert port.startswith("127.0.0.1:"), (name, port)
     assert compose()["networks"]["inside"] == {"internal": True}
-    for name in ("postgres", "s3"):
+    for name in ("postgres", "redis", "s3"):
         assert service(name)["networks"] == ["inside"]
         assert "ports" not in service(name)
 
@@ -152,7 +152,7 @@ def test_only_this_machine_reaches_what_is_published_and_nobody_the_stores() -> 
 def test_nothing_starts_before_what_it_needs_is_well() -> None:
     waits = {name: service(name).get("depends_on", {}) for name in SERVICES}
 
-    assert set(waits["gateway"]) == {"postgres", "s3"}
+    assert set(waits["gateway"]) == {"postgres", "redis", "s3"}
     assert waits["prometheus"] == {}  # it is to see a gateway that does not start
     for needs in waits.values():
         assert {need["condition"] for need in needs.values()} <= {"service_healthy"}
@@ -207,7 +207,7 @@ def test_the_gateway_understands_all_that_it_is_given() -> None:
 def test_what_the_gateway_is_told_of_the_stores_is_what_they_are() -> None:
     storage = settings().storage
     assert storage.results is not None
-    database = urlsplit(storage.database)
+    database, redis = urlsplit(storage.database), urlsplit(storage.redis)
     endpoint = urlsplit(storage.results.endpoint)
     postgres_env = service("postgres")["environment"]
 
@@ -215,6 +215,8 @@ def test_what_the_gateway_is_told_of_the_stores_is_what_they_are() -> None:
     assert database.username == postgres_env["POSTGRES_USER"]
     assert database.path == f"/{postgres_env['POSTGRES_DB']}"
     assert database.password == "postgrespassword0123"
+    assert (redis.hostname, redis.port) == ("redis", 6379)
+    assert redis.password == "redispassword0123"
     assert endpoint.hostname == "s3"
     assert service("s3")["environment"]["VGW_PORT"] == f":{endpoint.port}"
     assert service("s3")["environment"]["VGW_REGION"] == storage.results.region
