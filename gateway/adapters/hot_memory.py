@@ -21,7 +21,7 @@ from gateway.core.breaker import (
     Record,
 )
 from gateway.core.events import BreakerChanged
-from gateway.core.fleet import Hearing, Size, Telling
+from gateway.core.fleet import Hearing, Size, Stance, Telling
 from gateway.core.limits import Slots
 from gateway.core.ratios import believed
 from gateway.ports import (
@@ -261,8 +261,7 @@ class MemoryBoard:
                 credential.slots = limits.resized(credential.slots, most)
         for name, stance in hearing.stances.items():
             if (kept := self._named(name)) is not None:
-                kept.record = fleet.adopted(kept.record, stance, now_ms)
-                kept.elsewhere_until_ms = 0
+                _adopt(kept, stance, now_ms)
         for name, pause_ms in hearing.pauses.items():
             if (kept := self._named(name)) is not None:
                 kept.record = fleet.rested(kept.record, pause_ms, now_ms)
@@ -454,6 +453,13 @@ class MemoryBoard:
             slots = self.share(self.slots[upstream])
             found = self._credentials[upstream] = _Credential(Slots(slots, slots))
         return found
+
+
+def _adopt(kept: _Credential | _Route, stance: Stance, now_ms: int) -> None:
+    kept.record = fleet.adopted(kept.record, stance, now_ms)
+    kept.elsewhere_until_ms = 0
+    if isinstance(kept, _Credential) and stance.open_ms is None:
+        kept.reset_at_ms = now_ms
 
 
 def _count(route: _Route, flight: Flight, effect: Effect) -> None:

@@ -115,6 +115,27 @@ async def test_a_reset_at_one_is_a_reset_at_all(
     assert await fleet.states() == {CLOSED}
 
 
+async def test_a_refusal_of_a_call_from_before_a_reset_counts_nowhere(
+    fleet: Fleet,
+) -> None:
+    one, operator = fleet.processes[:2]
+    calls = [await one.begins() for _ in range(2)]
+    await one.ends(calls[0], FailureKind.AUTH)
+    await fleet.exchange()
+    assert await fleet.states() == {OPEN}
+    fleet.clock.at_ms += 1_000
+    await operator.board.reset("up")
+    await fleet.exchange()
+
+    await one.ends(calls[1], FailureKind.AUTH)
+    await fleet.exchange()
+    assert await fleet.states() == {CLOSED}
+
+    await one.calls(1, FailureKind.AUTH)
+    await fleet.exchange()
+    assert await fleet.states() == {OPEN}
+
+
 async def test_an_opening_told_late_does_not_undo_a_reset(fleet: Fleet) -> None:
     one, late, operator = fleet.processes[:3]
     await one.calls(5, BAD)
