@@ -15,9 +15,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from gateway.adapters.hot_redis.connection import PREFIX
 from gateway.serving import WATCHED_MS, Leaving
 from tests.e2e.gateways import LiveGateway
 from tests.e2e.test_tasks import NAMES
+from tests.servers import RedisServer
 
 PATH = "/v1/images/generations"
 BODY = {"prompt": "a fox", "size": "1024x1024", "quality": "low"}
@@ -145,6 +147,35 @@ def test_who_has_ended_everything_is_no_process_any_more(gateway: LiveGateway) -
     assert gateway.stop() == 0
 
     assert processes() == 0
+
+
+def test_who_still_works_is_seen_by_its_fleet_until_the_end(
+    tmp_path: Path, redis: RedisServer
+) -> None:
+    def last_sign_of_life() -> float | None:
+        with redis.client() as client:
+            live = client.zrange(f"{PREFIX}live", 0, -1, withscores=True)
+        return max((at_ms for _, at_ms in live), default=None)
+
+    env = {"IMAGEWAY__STORAGE__REDIS": redis.url, "IMAGEWAY__SERVER__LEAVING_S": "0"}
+    with LiveGateway(tmp_path / "data", env=env) as gateway, ThreadPoolExecutor() as at:
+        for name in NAMES:
+            gateway.sandbox(name, latency_ms=4_000)
+        with gateway.client() as client:
+            call = at.submit(client.post, PATH, json=BODY)
+            time.sleep(1)
+            gateway.signal()
+            with contextlib.suppress(httpx.HTTPError):
+                while readiness(gateway):
+                    time.sleep(0.01)
+            before_ms = last_sign_of_life()
+            assert before_ms is not None
+            while last_sign_of_life() == before_ms:
+                assert not call.done()
+                time.sleep(0.05)
+            assert call.result().status_code == 200
+        assert gateway.wait() == 0
+        assert last_sign_of_life() is None
 
 
 async def test_nobody_is_waited_for_who_has_not_asked_lately() -> None:

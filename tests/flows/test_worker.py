@@ -423,6 +423,27 @@ async def test_an_only_variant_has_all_places() -> None:
     assert worker.in_flight == 32
 
 
+async def test_a_worker_of_two_takes_its_half_and_tells_the_other_of_what_is_left() -> (
+    None
+):
+    office = Office(Counter(cheap=taking(20)))
+    wanted = [*[IMAGE] * 5, *[OTHER] * 5]
+    office.line.waiting = [await office.claimed(variant=each) for each in wanted]
+    worker = office.worker(at_once=8, places={IMAGE: 6, OTHER: 6})
+    worker.share = lambda most: most // 2
+    told: list[str] = []
+    worker.tell_others = lambda: told.append("look")
+
+    worker.wake_any()
+    assert told == []
+
+    await carrying(worker)
+    worker.wake_any()
+
+    assert under_way(worker) == {IMAGE: 3, OTHER: 1}
+    assert told == ["look"]
+
+
 async def test_what_a_store_is_told_to_be_held_does_not_change_in_its_hands() -> None:
     office = Office(Counter(cheap=taking(20)))
     office.line.waiting = [await office.claimed() for _ in range(2)]
