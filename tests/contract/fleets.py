@@ -19,6 +19,8 @@ from gateway.ports import Clock, Permit
 from providers.kit.contract import FailureKind, Operation
 from tests.fakes import FakeChance, FakeEvents, StillClock
 
+PATIENCE_S = 1.0
+"""A machine under load may take longer to answer than a gateway waits."""
 OFFER, MAKE = "up/gpt-image-2", Operation.GENERATE
 
 
@@ -31,9 +33,10 @@ class Process:
     clock: Clock
     slots: int = 8
     events: FakeEvents = field(default_factory=FakeEvents)
+    call_max_s: float = PATIENCE_S
 
     def __post_init__(self) -> None:
-        guard = Guard(opener(self.url), self.events)
+        guard = Guard(opener(self.url), self.events, self.call_max_s)
         self.fleet = RedisFleet(guard, self.clock, self.name, crashed)
         slots = {"up": self.slots}
         self.board = MemoryBoard(

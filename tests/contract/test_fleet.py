@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from gateway.adapters.hot_redis.connection import CALL_MAX_S
 from gateway.core import fleet as rules
 from gateway.core.breaker import AUTH_OPEN_MS, BreakerState
 from gateway.core.events import BreakerChanged
 from providers.kit.contract import FailureKind
-from tests.contract.fleets import MAKE, OFFER, Fleet, Process, a_fleet
+from tests.contract.fleets import MAKE, OFFER, PATIENCE_S, Fleet, Process, a_fleet
 from tests.fakes import StillClock
 from tests.servers import RedisServer
 
@@ -476,12 +477,14 @@ async def test_a_frozen_redis_is_given_up_and_is_back_when_it_answers(
     async with a_fleet(own_redis.url, 2) as fleet:
         one, other = fleet.processes
         own_redis.freeze()
+        one.fleet.guard.call_max_s = CALL_MAX_S
         for _ in range(3):
             assert not await one.fleet.exchange()
         await one.calls(5, BAD)
         assert (one.fleet.guard.degraded, one.degraded) == (True, [True])
 
         own_redis.thaw()
+        one.fleet.guard.call_max_s = PATIENCE_S
         await fleet.exchange()
 
         assert one.degraded == [True, False]

@@ -90,10 +90,14 @@ def _address(place: str) -> tuple[str, int]:
 
 @dataclass(slots=True)
 class Guard:
-    """Asks Redis, within 50 ms, as long as it answers; tells when that changes."""
+    """Asks Redis, within 50 ms, as long as it answers; tells when that changes.
+
+    ``call_max_s`` is that time; over a second is a second.
+    """
 
     open: Callable[[], Client]
     events: Events
+    call_max_s: float = CALL_MAX_S
     _client: Client | None = None
     _failures: int = 0
     _degraded: bool = False
@@ -143,7 +147,7 @@ class Guard:
         client = self._client
         assert client is not None
         try:
-            async with asyncio.timeout(CALL_MAX_S), self._one_at_a_time:
+            async with asyncio.timeout(self.call_max_s), self._one_at_a_time:
                 answers = await _answers(client, commands)
         except (RedisError, OSError, TimeoutError) as error:
             self._failures += 1
