@@ -1277,7 +1277,10 @@ def _settings(
         upstreams=upstreams,
         offers=offers,
         left_out=left_out,
-        warnings=tuple(_warnings(variants or {}, upstreams, offers)),
+        warnings=(
+            *_storage_warnings(storage),
+            *_warnings(variants or {}, upstreams, offers),
+        ),
         files=(),
     )
 
@@ -1561,6 +1564,16 @@ def _offer(
 
 def _set(given: Collection[Any] | None, build: Callable[[Any], Any]) -> Any:  # noqa: ANN401 - a frozenset of what build makes
     return None if given is None else frozenset(map(build, given))
+
+
+def _storage_warnings(storage: Storage) -> list[str]:
+    if storage.database == "sqlite" or storage.results is not None:
+        return []
+    told = (
+        "pictures are on this gateway's own disk: another gateway on the same database "
+        'cannot show them. Several need storage.results = "s3://..."'
+    )
+    return [told]
 
 
 def _warnings(

@@ -1001,3 +1001,15 @@ def test_one_failure_domain_for_all_is_warned_of(tmp_path: Path) -> None:
 
     assert "failure domain dc" in load(tmp_path, shared + two, VARIANT).warnings[0]
     assert load(tmp_path, UPSTREAM + two, VARIANT).warnings == ()
+
+
+def test_pictures_on_the_disk_of_one_of_several_gateways_are_warned_of(
+    tmp_path: Path,
+) -> None:
+    shared = {"IMAGEWAY__STORAGE__DATABASE": "postgresql://u@db/x"}
+    bucket = {"IMAGEWAY__STORAGE__RESULTS": "s3://pictures"}
+    two = UPSTREAM + UPSTREAM.replace('"one"', '"two"')
+
+    warned = load(tmp_path, two, VARIANT, env=shared).warnings
+    assert ["own disk" in warning for warning in warned] == [True]
+    assert load(tmp_path, two, VARIANT, env=shared | bucket).warnings == ()
