@@ -1,7 +1,15 @@
 """The ``imageway`` command: starts with nothing but this, for Ctrl-C may come early."""
 
+import contextlib
+import os
 import signal
 import sys
+
+THREADED = "obstore"
+"""A library whose own threads may still reach for an interpreter that goes away.
+
+That aborts the process (PyO3/pyo3-async-runtimes, issue 40), whatever it did so far.
+"""
 
 
 def main() -> None:
@@ -10,4 +18,17 @@ def main() -> None:
         from gateway.commands import main as run
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)  # as shells count it
-    run(prog_name="imageway")
+    try:
+        run(prog_name="imageway")
+    except SystemExit as end:
+        if THREADED in sys.modules and isinstance(end.code, int | None):
+            _end_at_once(end.code or 0)
+        raise
+
+
+def _end_at_once(code: int) -> None:
+    # Everything is closed by now, and what the interpreter would tidy up is memory.
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

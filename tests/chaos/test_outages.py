@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.chaos.outages import outages, stream
 from tests.servers import RedisServer
 
-EACH_S = 5.0
+EACH_S = 3.0
 WHOLE_EACH_S = 30.0
 
 
