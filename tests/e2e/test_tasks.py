@@ -55,7 +55,8 @@ def test_a_task_is_answered_at_once_and_ends_with_links(gateway: LiveGateway) ->
 
     assert answer.headers["x-gateway-mode"] == "async"
     assert answer.headers["x-task-id"] == first["id"]
-    assert first["status"] == "pending"
+    # A worker may have taken it before the answer was written.
+    assert first["status"] in {"pending", "processing"}
     assert first["task_info"]["can_cancel"] is True
     assert first["task_info"]["estimated_time"] > 0
     assert first["usage"]["credits_reserved"] > 0
