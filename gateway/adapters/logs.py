@@ -14,6 +14,7 @@ from typing import Any, TextIO, cast
 import msgspec
 import structlog
 
+from gateway.core.errors import ServiceUnavailableError
 from gateway.core.events import (
     AttemptFinished,
     BreakerChanged,
@@ -71,7 +72,13 @@ class LogListener:
         self._log.info(_NAMES[type(event)], **fields)
 
     def on_crash(self, error: BaseException, where: str) -> None:
-        """Write down an error that nobody foresaw, with its traceback."""
+        """Write down an error; with its traceback, unless it was foreseen."""
+        if isinstance(error, ServiceUnavailableError):
+            # Comes from every loop, each second, while the database is away.
+            cause = error.__cause__ or error
+            reason = f"{type(cause).__name__} {cause}".strip()
+            self._log.warning("unavailable", where=where, reason=reason)
+            return
         self._log.error("crash", where=where, exc_info=error)
 
     def note(self, what: str, **fields: object) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from gateway.adapters.events import FanOut
 from gateway.adapters.logs import LogListener, scrubbed
+from gateway.core.errors import ServiceUnavailableError
 from gateway.core.events import AttemptFinished, Event, HoldRefused
 
 ATTEMPT = AttemptFinished(
@@ -85,3 +86,22 @@ def test_a_listener_that_fails_does_not_keep_the_others_from_hearing() -> None:
 
     assert heard == [HoldRefused("gpt-image-2")]
     assert crashes == ["telling of HoldRefused"]
+
+
+def test_what_was_foreseen_is_one_line_and_what_was_not_has_its_traceback() -> None:
+    out = io.StringIO()
+    log = LogListener(out)
+    away = ServiceUnavailableError("storage failed and nothing was changed; try again")
+    away.__cause__ = ConnectionRefusedError("nobody listens at 127.0.0.1")
+
+    log.on_crash(away, "webhooks")
+    log.on_crash(KeyError("a row nobody expected"), "webhooks")
+
+    foreseen, crash = (json.loads(line) for line in out.getvalue().splitlines())
+    assert foreseen["event"] == "unavailable"
+    assert foreseen["level"] == "warning"
+    assert foreseen["where"] == "webhooks"
+    assert foreseen["reason"] == "ConnectionRefusedError nobody listens at 127.0.0.1"
+    assert "exception" not in foreseen
+    assert crash["event"] == "crash"
+    assert "KeyError" in crash["exception"]

@@ -156,22 +156,32 @@ class PostgresDatabase:
 
     async def _serve(self, lane: str) -> None:
         # Whatever comes while a commit runs forms the next group.
-        waiting = self._lanes[lane]
-        while waiting:
-            group = [waiting.popleft() for _ in range(min(len(waiting), GROUP_MAX))]
-            group = [each for each in group if not each.future.done()]
-            if len(group) > 1 and await self._together(group):
-                continue
+        waiting, group = self._lanes[lane], list[_Waiting]()
+        try:
+            while waiting:
+                group = [waiting.popleft() for _ in range(min(len(waiting), GROUP_MAX))]
+                group = [each for each in group if not each.future.done()]
+                together = len(group) > 1 and await self._together(group)
+                if not together:
+                    await self._one_by_one(group)
+        finally:
+            # Nobody waits for a lane that was cut off, and the next one is a new one.
+            del self._lanes[lane]
             for each in group:
-                if each.future.done():
-                    continue
-                try:
-                    value = await self._write(each.op)
-                except BaseException as error:  # noqa: BLE001 - for who asked for it
-                    each.fail(error)
-                else:
-                    each.succeed(value)
-        del self._lanes[lane]
+                each.fail(_unknown())
+            for each in waiting:
+                each.fail(_failed())
+
+    async def _one_by_one(self, group: Sequence[_Waiting]) -> None:
+        for each in group:
+            if each.future.done():
+                continue
+            try:
+                value = await self._write(each.op)
+            except BaseException as error:  # noqa: BLE001 - for who asked for it
+                each.fail(error)
+            else:
+                each.succeed(value)
 
     async def _together(self, group: Sequence[_Waiting]) -> bool:
         """Run a group in one transaction; False: nothing came of it."""
@@ -185,6 +195,10 @@ class PostgresDatabase:
             return True
         except (StoreBusyError, StoreFailedError, *_IN_THE_WAY):
             return False  # each of them may do better alone, or learn why not
+        except Exception as unforeseen:  # noqa: BLE001 - for who asked for it
+            for each in group:
+                each.fail(unforeseen)
+            return True
         for each, value, error in outcomes:
             if error is not None:
                 each.fail(error)
