@@ -68,14 +68,6 @@ def fleet(
         yield start
 
 
-@pytest.fixture
-def crowd(fleet: Fleet, *, whole: bool) -> Fleet:
-    """The same, for stories that tests/e2e/test_postgres.py tells in small."""
-    if not whole:
-        pytest.skip("told in small by tests/e2e/test_postgres.py")
-    return fleet
-
-
 async def asked(
     gateways: list[LiveGateway], key: str, times: int, **headers: str
 ) -> list[httpx.Response]:
@@ -89,9 +81,11 @@ async def asked(
         )
 
 
-def test_a_balance_buys_what_it_pays_for_however_many_ask(crowd: Fleet) -> None:
-    pays_for, tries = 100, 5_000
-    gateways = crowd()
+def test_a_balance_buys_what_it_pays_for_however_many_ask(
+    fleet: Fleet, *, whole: bool
+) -> None:
+    pays_for, tries = (100, 5_000) if whole else (20, 200)
+    gateways = fleet()
     first = gateways[0]
     with first.client(first.tenant("rich")) as client:
         price = client.post(PATH, json=BODY).json()["usage"]["credits_used"]
@@ -108,8 +102,8 @@ def test_a_balance_buys_what_it_pays_for_however_many_ask(crowd: Fleet) -> None:
     assert gateways[-1].audit()["clean"]
 
 
-def test_two_hundred_equal_posts_to_all_of_them_buy_once(crowd: Fleet) -> None:
-    gateways = crowd()
+def test_two_hundred_equal_posts_to_all_of_them_buy_once(fleet: Fleet) -> None:
+    gateways = fleet()
     key = gateways[0].tenant("once")
 
     repeated = {"idempotency-key": "the-same-for-all-of-them"}
