@@ -85,10 +85,11 @@ def stream(
 
 
 async def _ask(gateways: Sequence[LiveGateway], phases: Sequence[Phase]) -> None:
-    number, due = 0, time.monotonic()
+    number = 0
     async with httpx.AsyncClient(timeout=30) as client, asyncio.TaskGroup() as group:
         for phase in phases:
             await asyncio.to_thread(phase.begins)
+            due = time.monotonic()  # what took time to begin is not made up for
             for _ in range(round(phase.for_s * RATE_PER_S)):
                 gateway = gateways[number % len(gateways)]
                 group.create_task(_once(client, gateway, phase))

@@ -8,7 +8,8 @@ from pathlib import Path
 from tests.chaos.outages import outages, stream
 from tests.servers import RedisServer
 
-EACH_S = 3.0
+EACH_S = 5.0
+"""A freeze is noticed after three exchanges, one a second."""
 WHOLE_EACH_S = 30.0
 
 
