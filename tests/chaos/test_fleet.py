@@ -25,7 +25,7 @@ from tests.object_store import S3Server
 from tests.servers import RedisServer
 from tests.simulators.openai_server import KEY
 
-CONNECTIONS = 200
+CROWD = 200
 HEARD_MAX_S = 2.0
 RATE_PER_S = 10
 ASKED_EVERY_S = 0.3
@@ -71,14 +71,20 @@ def fleet(
 async def asked(
     gateways: list[LiveGateway], key: str, times: int, **headers: str
 ) -> list[httpx.Response]:
-    """Ask the gateways in turn, all at once; returns the answers."""
+    """Ask the gateways in turn, ``CROWD`` at a time; returns the answers."""
     headers = {"authorization": f"Bearer {key}"} | headers
-    limits = httpx.Limits(max_connections=CONNECTIONS)
+    urls = itertools.islice(itertools.cycle(g.url for g in gateways), times)
+    answers: list[httpx.Response] = []
+
+    async def ask(client: httpx.AsyncClient) -> None:
+        # Not one task for each: a pool looks through all that wait for it, each time.
+        for url in urls:
+            answers.append(await client.post(url + PATH, json=BODY))  # noqa: PERF401
+
+    limits = httpx.Limits(max_connections=CROWD)
     async with httpx.AsyncClient(headers=headers, limits=limits, timeout=240) as client:
-        urls = itertools.islice(itertools.cycle(g.url for g in gateways), times)
-        return await asyncio.gather(
-            *(client.post(url + PATH, json=BODY) for url in urls)
-        )
+        await asyncio.gather(*(ask(client) for _ in range(CROWD)))
+    return answers
 
 
 def test_a_balance_buys_what_it_pays_for_however_many_ask(
