@@ -23,7 +23,7 @@ serve: setup ## Run the gateway (HOST, PORT, DATA_DIR)
 	@exec $(BIN)/imageway serve --host $(HOST) --port $(PORT) --data-dir $(DATA_DIR)
 
 test: setup-dev engines $(CLIENTS)/node_modules/.done ## Run every test
-	$(BIN)/python -m pytest -n 3 --dist worksteal -q $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
 
 chaos: setup-dev ## Kill workers and ask for too much, for minutes, and see that nothing is lost
 	$(BIN)/python -m pytest -q -s --whole -o timeout=1200 tests/chaos $(ARGS)

@@ -1,7 +1,5 @@
 """The ``imageway`` command: starts with nothing but this, for Ctrl-C may come early."""
 
-import contextlib
-import os
 import signal
 import sys
 
@@ -22,13 +20,7 @@ def main() -> None:
         run(prog_name="imageway")
     except SystemExit as end:
         if THREADED in sys.modules and isinstance(end.code, int | None):
-            _end_at_once(end.code or 0)
+            from gateway.terminal import leave_at_once
+
+            leave_at_once(end.code or 0)
         raise
-
-
-def _end_at_once(code: int) -> None:
-    # Everything is closed by now, and what the interpreter would tidy up is memory.
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)

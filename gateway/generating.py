@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import click
 from click.core import ParameterSource
 
-from gateway.terminal import EXIT_CONFIG, EXIT_FAILED, local_url
+from gateway.terminal import EXIT_CONFIG, EXIT_FAILED, leave_at_once, local_url
 
 if TYPE_CHECKING:
     from gateway.remote import (
@@ -507,4 +507,7 @@ def _end(code: int, *lines: str) -> NoReturn:
     for line in lines:
         if line:
             click.echo(f"imageway: {line}", err=True)
+    if code == EXIT_STOPPED:
+        # Ctrl-C may have come while a lock was held that closing would wait for.
+        leave_at_once(code)
     sys.exit(code)
