@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from gateway.core.breaker import BreakerState, Health, Outcome, Window
 from gateway.core.events import Event
 from gateway.core.fleet import Hearing, Notice, Telling
+from gateway.core.key_limits import NO_LIMITS, KeyLimits, KeyUse
 from gateway.core.ledger import Balance, Settled
+from gateway.core.limits import Rate
 from gateway.core.pricing import CostSource
 from gateway.core.routing import NO_PREFERENCES, Preferences
 from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
@@ -47,6 +49,21 @@ class Key:
     revoked_ms: int | None = None
     routing: Preferences = NO_PREFERENCES
     """Where its requests go, unless they say otherwise."""
+    limits: KeyLimits = NO_LIMITS
+    meter_id: str = ""
+    """The key that it goes back to by rotations: all of these are counted as one."""
+    rotated_to: str | None = None
+    """The key that took its place."""
+    counted: bool = field(default=False, compare=False)
+    """Whether what it uses was counted when it was read: it has budgets, or another key
+    of its meter has."""
+    keys_version: int = field(default=0, compare=False)
+    """Its tenant's when it was read: it is raised when a key begins to be counted."""
+
+    @property
+    def meter(self) -> str:
+        """Under which name it is counted."""
+        return self.meter_id or self.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +94,8 @@ class NewTask:
     the task is over. None for a sync one, until it has a job to be found again."""
     owner: str | None = None
     """The process that carries a sync task out."""
+    keys_version: int | None = 0
+    """That of the key, if it was not counted when it was read; None if it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,6 +354,14 @@ class AuditReport:
     drifts: tuple[Drift, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Succession:
+    """A key that ends, and the one that takes its place."""
+
+    before: Key
+    after: Key
+
+
 # --- ports ---
 
 
@@ -458,7 +485,9 @@ class TaskStore(Protocol):
         stands for one: then nothing was written.
 
         Raises:
-            InsufficientCreditsError: the tenant has less available than the hold.
+            InsufficientCreditsError: the tenant has less available than the hold, or
+                a budget of the key has less left.
+            RateLimitedError: as many tasks of the key are in flight as may.
             IdempotencyConflictError: the key stands for another request.
         """
         ...
@@ -703,8 +732,43 @@ class Accounts(Protocol):
         """List a tenant's keys, oldest first."""
         ...
 
+    async def keys_page(
+        self, tenant_id: str | None, *, offset: int, limit: int
+    ) -> tuple[int, Sequence[Key]]:
+        """List keys of a tenant or of all, newest first, with their number."""
+        ...
+
+    async def change_key(self, key_id: str, change: Callable[[Key], Key]) -> Key | None:
+        """Change delivery, routing, limits or end of a key; None if there is none.
+
+        ``change`` is pure, may be called several times, and undoes all by raising.
+        What the key has used before counts towards budgets that it gets.
+        """
+        ...
+
+    async def rotate_key(
+        self, key_id: str, rotate: Callable[[Key, Sequence[Key]], Succession]
+    ) -> Succession | None:
+        """Write a key's successor and its own end, or neither; None if there is none.
+
+        ``rotate`` is given the key and all keys of its meter; as for ``change_key``.
+        """
+        ...
+
+    async def key_use(self, key_id: str) -> KeyUse | None:
+        """Tell what a key, and all others of its meter, have used; None if none is."""
+        ...
+
     async def revoke_key(self, key_id: str, *, now_ms: int) -> bool:
         """Revoke a key; False if there is none of that id."""
+        ...
+
+
+class Rates(Protocol):
+    """Counts the requests of the last minute, by meter; soft, and never fails."""
+
+    async def take(self, meter: str, limit: int) -> Rate:
+        """Let one request more through, or not; over all processes if it can be."""
         ...
 
 

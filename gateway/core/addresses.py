@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from ipaddress import (
     AddressValueError,
@@ -17,6 +17,7 @@ from ipaddress import (
     IPv4Network,
     IPv6Address,
     IPv6Network,
+    ip_address,
 )
 from urllib.parse import quote, urljoin
 
@@ -25,6 +26,8 @@ Network = IPv4Network | IPv6Network
 
 URL_MAX_CHARS = 8192
 HOST_MAX_CHARS = 253
+HOPS_MAX = 32
+"""Proxies that a request may have come through; what is before is not looked at."""
 
 _DENIED_IPV4 = tuple(
     IPv4Network(text)
@@ -160,6 +163,48 @@ def is_public(address: Address) -> bool:
 def may_reach(address: Address, allow: Iterable[Network]) -> bool:
     """Tell whether an address is public or on the operator's own list."""
     return is_public(address) or any(address in network for network in allow)
+
+
+def plain_address(text: str) -> Address | None:
+    """Read an address; IPv4 that came over an IPv6 socket is IPv4. None for no address.
+
+    A zone (``fe80::1%eth0``) is left out.
+    """
+    try:
+        found = ip_address(text.strip().partition("%")[0])
+    except ValueError:
+        return None
+    mapped = found.ipv4_mapped if isinstance(found, IPv6Address) else None
+    return mapped or found
+
+
+def client_address(peer: str, forwarded: str, trusted: Collection[Network]) -> str:
+    """Tell where a request comes from.
+
+    Args:
+        peer: who is connected.
+        forwarded: ``X-Forwarded-For``, all its lines joined by commas.
+        trusted: proxies that are believed. Each adds at the end who was connected to
+            it, so the list is read from there, as far as only they have written it.
+    """
+    address = plain_address(peer)
+    if not trusted or address is None or not forwarded:
+        return peer if address is None else str(address)
+    for hop in reversed(forwarded.rsplit(",", HOPS_MAX)[-HOPS_MAX:]):
+        if not any(address in network for network in trusted):
+            break
+        before = plain_address(_without_port(hop.strip()))
+        if before is None:
+            break
+        address = before
+    return str(address)
+
+
+def _without_port(text: str) -> str:
+    # Some proxies write the port too: 203.0.113.7:4711, [2001:db8::1]:4711.
+    if text.startswith("["):
+        return text[1:].partition("]")[0]
+    return text.partition(":")[0] if text.count(":") == 1 else text
 
 
 def checked_url(text: str, rules: UrlRules) -> CheckedUrl:

@@ -18,6 +18,7 @@ REBUYS_ALWAYS = 10
 """So many second purchases in 24 h are fine whatever was spent: below that, a share
 of the spend is no measure."""
 REBUY_WINDOW_MS = 24 * 3600 * 1000
+MINUTE_S = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,3 +118,42 @@ def may_rebuy(book: RiskBook, risk_nanousd: int) -> bool:
         return True
     risked_nanousd = book.risked_nanousd + risk_nanousd
     return risked_nanousd * 100 <= book.spent_nanousd * REBUY_SHARE_PERCENT
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """What one more request came to: whether it may go on, and what is left.
+
+    ``frees_in_s`` is how long until a place comes free, from 1 to 60 s.
+    """
+
+    allowed: bool
+    limit: int
+    left: int
+    frees_in_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class Minute:
+    """What was let through in the last 60 s of the clock: (second, how many)."""
+
+    counts: tuple[tuple[int, int], ...] = ()
+
+
+def taken(minute: Minute, limit: int, now_ms: int) -> tuple[Minute, Rate]:
+    """Let one more through, if in 60 whole seconds of the clock there are not too many.
+
+    What is turned away does not count: who asks too often is let through ``limit``
+    times a minute all the same. A clock that is set back forgets.
+    """
+    assert limit > 0, limit
+    second = now_ms // 1000
+    counts = [(at, n) for at, n in minute.counts if second - MINUTE_S < at <= second]
+    used = sum(n for _, n in counts)
+    allowed = used < limit
+    if allowed:
+        last = counts.pop()[1] if counts and counts[-1][0] == second else 0
+        counts.append((second, last + 1))
+    left = max(0, limit - used - allowed)
+    rate = Rate(allowed, limit, left, counts[0][0] + MINUTE_S - second)
+    return Minute(tuple(counts)), rate

@@ -305,6 +305,10 @@ PLANTED = {
         "task-1",
         "UPDATE tasks SET state = 'failed' WHERE id = 'task-1'",
     ),
+    "what a key has used is the sum of its holds and charges": (
+        "ghost total, tasks in flight: 0 expected, 2 found",
+        "INSERT INTO key_use VALUES ('ghost', 'total', 7, 2)",
+    ),
     "every cost has a source that is known": (
         "task-1 #9",
         """INSERT INTO cost_book (task_id, seq, upstream, variant, kind, source,

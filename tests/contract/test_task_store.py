@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from gateway.core.limits import REBUY_WINDOW_MS, REBUYS_ALWAYS
 from gateway.core.money import parse_nano
 from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
 from gateway.core.webhooks import SigningKey
-from gateway.ports import AttemptRecord, Key, NewTask, Rebuy, TaskRecord, Tenant
+from gateway.ports import AttemptRecord, NewTask, Rebuy, TaskRecord, Tenant
 from providers.kit.contract import Billed, Usage
 from tests.contract.stores import (
     BACKENDS,
@@ -580,7 +581,9 @@ class CheckThenUpdate(SqlTaskStore):
                 task.hold_nanocredits,
             )
             await tx.run(
-                "INSERT INTO holds VALUES ($1, $2, $3, 0, 0)",
+                """INSERT INTO holds
+                    (task_id, tenant_id, nanocredits, created_ms, expires_ms)
+                VALUES ($1, $2, $3, 0, 0)""",
                 task.id,
                 task.tenant_id,
                 task.hold_nanocredits,
@@ -1042,8 +1045,10 @@ async def test_rotations_of_before_still_count_after_an_upgrade(
     accounts = SqlAccounts(database)
     await accounts.add_tenant(Tenant("t-1", "one"), now_ms=NOW_MS)
     for name in ("key-1", "key-2"):
-        key = Key(name, "t-1", name.encode(), "iwk", "auto", NOW_MS)
-        await accounts.add_key(key)
+        as_it_was = f"""INSERT INTO keys
+            (id, tenant_id, digest, display, delivery, created_ms)
+        VALUES ('{name}', 't-1', CAST('{name}' AS BLOB), 'iwk', 'auto', 0)"""
+        await database.write(partial(_run, as_it_was))
     await database.write(
         lambda tx: tx.run(
             """UPDATE keys SET webhook_version = 3, webhook_rotated_ms = $1
@@ -1058,6 +1063,10 @@ async def test_rotations_of_before_still_count_after_an_upgrade(
         assert await accounts.signing_key("key-2") == SigningKey("key-2", "t-1", 1)
     finally:
         await database.close()
+
+
+async def _run(sql: str, tx: Transaction) -> int:
+    return await tx.run(sql)
 
 
 async def test_a_database_of_a_newer_imageway_is_left_alone(

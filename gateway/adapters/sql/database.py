@@ -79,15 +79,17 @@ Operation = Callable[[Transaction], Coroutine[Any, Any, T]]
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """Where engines differ, which is only in how tables are made.
+    """Where engines differ: in how tables are made, and in what they call today.
 
     ``immutable`` are the statements that make ``{table}`` refuse UPDATE and DELETE;
     ``alone`` are those that keep others who run them waiting until the transaction is
-    over, where every writer does not wait for the others anyway.
+    over, where every writer does not wait for the others anyway. ``today`` is an
+    expression: the day of UTC by the engine's clock, as ``2026-11-25``.
     """
 
     blob: str
     immutable: tuple[str, ...]
+    today: str
     alone: tuple[str, ...] = ()
 
 

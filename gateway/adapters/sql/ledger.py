@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gateway.adapters.sql.database import Change, Database, Row, Transaction
+from gateway.adapters.sql.key_use import DRIFT
 from gateway.core.errors import ConflictError, InvalidRequestError, NotFoundError
 from gateway.core.ledger import (
     ABSORBED,
@@ -312,6 +313,7 @@ CHECKS = (
         """SELECT t.id, 0, s.due FROM tasks t JOIN settlements s ON s.task_id = t.id
         WHERE t.state = 'failed' AND s.due <> 0""",
     ),
+    Check("what a key has used is the sum of its holds and charges", DRIFT),
     Check(
         "every cost has a source that is known",
         """SELECT task_id || ' #' || seq, 0, nanousd FROM cost_book

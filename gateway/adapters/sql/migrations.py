@@ -299,6 +299,39 @@ MIGRATIONS = (
             "ALTER TABLE tasks ADD COLUMN owner TEXT",
         ),
     ),
+    Migration(
+        statements=(
+            "ALTER TABLE keys ADD COLUMN scopes TEXT",
+            "ALTER TABLE keys ADD COLUMN models TEXT",
+            "ALTER TABLE keys ADD COLUMN networks TEXT",
+            "ALTER TABLE keys ADD COLUMN expires_ms BIGINT",
+            "ALTER TABLE keys ADD COLUMN requests_per_min BIGINT",
+            "ALTER TABLE keys ADD COLUMN concurrent_tasks BIGINT",
+            "ALTER TABLE keys ADD COLUMN total_budget BIGINT",
+            "ALTER TABLE keys ADD COLUMN daily_budget BIGINT",
+            "ALTER TABLE keys ADD COLUMN monthly_budget BIGINT",
+            "ALTER TABLE keys ADD COLUMN rotated_to TEXT",
+            # Keys that one became by rotation share what they have used.
+            "ALTER TABLE keys ADD COLUMN meter_id TEXT",
+            "UPDATE keys SET meter_id = id",
+            "CREATE INDEX keys_by_meter ON keys (meter_id)",
+            "ALTER TABLE keys ADD COLUMN counted BIGINT NOT NULL DEFAULT 0",
+            "ALTER TABLE accounts ADD COLUMN keys_version BIGINT NOT NULL DEFAULT 0",
+            # Holds from before count towards no budget.
+            "ALTER TABLE holds ADD COLUMN key_id TEXT",
+            "ALTER TABLE holds ADD COLUMN day TEXT",
+            "CREATE INDEX holds_by_key ON holds (key_id, day)",
+            # A cache of the holds and settlements of counted keys, kept in the same
+            # transactions: by all time, by day and by month.
+            """CREATE TABLE key_use (
+                meter_id TEXT NOT NULL,
+                period TEXT NOT NULL,
+                nanocredits BIGINT NOT NULL CHECK (nanocredits >= 0),
+                open_tasks BIGINT NOT NULL CHECK (open_tasks >= 0),
+                PRIMARY KEY (meter_id, period)
+            )""",
+        ),
+    ),
 )
 """Step n of the schema stands at n - 1."""
 

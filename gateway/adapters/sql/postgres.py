@@ -60,6 +60,7 @@ POSTGRES = Dialect(
         BEFORE UPDATE OR DELETE OR TRUNCATE ON {table}
         FOR EACH STATEMENT EXECUTE FUNCTION {table}_refuse()""",
     ),
+    today="to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD')",
     # Whoever has it may need longer than the other locks are waited for.
     alone=(
         "SET LOCAL lock_timeout = '55s'",

@@ -49,6 +49,7 @@ SQLITE = Dialect(
         """CREATE TRIGGER {table}_refuses_delete BEFORE DELETE ON {table}
         BEGIN SELECT RAISE(ABORT, '{table} is append only'); END""",
     ),
+    today="strftime('%Y-%m-%d', 'now')",
 )
 
 

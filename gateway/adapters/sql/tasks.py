@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from gateway.adapters.sql.database import Change, Database, Row, Transaction
 from gateway.adapters.sql.deliveries import add_delivery
+from gateway.adapters.sql.key_use import check_counted, counting, settling
 from gateway.adapters.sql.ledger import CHARGE, entry_lines
 from gateway.core import limits
 from gateway.core.errors import (
@@ -53,13 +55,16 @@ class SqlTaskStore:
         """See ``TaskStore``.
 
         Raises:
-            InsufficientCreditsError: the tenant has less available than the hold.
+            InsufficientCreditsError: the tenant has less available than the hold, or
+                a budget of the key has less left.
+            RateLimitedError: as many tasks of the key are in flight as may.
             NotFoundError: there is no such tenant.
             ConflictError: there is a task of that id.
         """
         # Who waits for a key must not keep a lane waiting.
         lane = task.tenant_id if task.idempotency_key is None else None
-        return await self.database.write(lambda tx: _open(tx, task), lane)
+        today = self.database.dialect.today
+        return await self.database.write(lambda tx: _open(tx, task, today), lane)
 
     async def earlier(self, wanted: Earlier) -> str | None:
         """See ``TaskStore``."""
@@ -153,26 +158,31 @@ class SqlTaskStore:
         return await self.database.write(lambda tx: _rebuy(tx, rebuy, since_ms))
 
 
-async def _open(tx: Transaction, task: NewTask) -> str | None:
+async def _open(tx: Transaction, task: NewTask, today: str) -> str | None:
     if task.idempotency_key is not None:
         earlier = await _claimed_key(tx, task, task.idempotency_key)
         if earlier is not None:
             return earlier
     # Condition and change are one statement, so no two can see the same credits.
     waits = int(task.order_json is not None)
-    held = await tx.run(
+    held = await tx.one(
         """UPDATE accounts SET held = held + $2, queued = queued + $3
-        WHERE tenant_id = $1 AND posted - held >= $2 AND queued + $3 <= $4""",
+        WHERE tenant_id = $1 AND posted - held >= $2 AND queued + $3 <= $4
+        RETURNING keys_version""",
         task.tenant_id,
         task.hold_nanocredits,
         waits,
         QUEUE_MAX_TASKS_PER_TENANT,
     )
-    if not held:
+    if held is None:
         raise await _refusal(tx, task)
     if waits:
         await _check_queue(tx)
-    opened, _ = await tx.changes(
+    counted = None
+    if task.keys_version != held[0]:
+        # It is counted, or another key of the tenant began to be since it was read.
+        counted = await check_counted(tx, today, task.key_id, task.hold_nanocredits)
+    opened, *_ = await tx.changes(
         (
             """INSERT INTO tasks (id, tenant_id, key_id, variant, operation, mode,
                 state, request_json, created_ms, deadline_ms, fingerprint,
@@ -198,19 +208,28 @@ async def _open(tx: Transaction, task: NewTask) -> str | None:
             task.owner,
         ),
         (
-            """INSERT INTO holds
-                (task_id, tenant_id, nanocredits, created_ms, expires_ms)
-            VALUES ($1, $2, $3, $4, $5) ON CONFLICT DO NOTHING""",
+            _holding(today),
             task.id,
             task.tenant_id,
             task.hold_nanocredits,
             task.created_ms,
             task.deadline_ms + HOLD_KEPT_MS,
+            task.key_id,
+            counted[1] if counted is not None else None,
         ),
+        *counting(counted, task.hold_nanocredits),
     )
     if not opened:
         raise ConflictError(f"there is a task {task.id!r} already")
     return None
+
+
+@lru_cache(maxsize=2)
+def _holding(today: str) -> str:
+    return f"""INSERT INTO holds
+        (task_id, tenant_id, nanocredits, created_ms, expires_ms, key_id, day)
+    VALUES ($1, $2, $3, $4, $5, $6, COALESCE(CAST($7 AS TEXT), {today}))
+    ON CONFLICT DO NOTHING"""  # noqa: S608 - an expression of the engine's
 
 
 async def _claimed_key(tx: Transaction, task: NewTask, client_key: str) -> str | None:
@@ -449,14 +468,16 @@ async def finish_task(tx: Transaction, end: TaskEnd) -> Settled:
         end.task_id,
     )
     task = await tx.one(
-        """SELECT h.nanocredits, t.mode, t.state, t.callback_url, s.charged, s.absorbed
+        """SELECT h.nanocredits, t.mode, t.state, t.callback_url, s.charged, s.absorbed,
+            k.meter_id, h.day
         FROM tasks t JOIN holds h ON h.task_id = t.id
-        LEFT JOIN settlements s ON s.task_id = t.id WHERE t.id = $1""",
+        LEFT JOIN settlements s ON s.task_id = t.id
+        LEFT JOIN keys k ON k.id = h.key_id AND k.counted = 1 WHERE t.id = $1""",
         end.task_id,
     )
     if task is None or account is None:
         raise NotFoundError(f"there is no task {end.task_id!r}")
-    held, mode, state, callback_url, charged, absorbed = task
+    held, mode, state, callback_url, charged, absorbed, meter, day = task
     if charged is not None:
         return Settled(charged, absorbed)
     after, settled = settle(Balance(*account[1:]), held, end.due_nanocredits)
@@ -493,6 +514,7 @@ async def finish_task(tx: Transaction, end: TaskEnd) -> Settled:
             now_ms=end.finished_ms,
         ),
         *(_keeping(end.task_id, result) for result in end.results),
+        *settling(meter, day, settled.charged - held),
     )
     if not closed:
         raise FencedError(end.task_id)  # and all of the settlement is undone
