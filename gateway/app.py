@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from gateway.adapters.logs import LogListener
 from gateway.adapters.memory import memory_gauge, trimmer
 from gateway.adapters.metrics import Metrics
 from gateway.adapters.outbound import SystemResolver
+from gateway.adapters.rates import MemoryRates
 from gateway.adapters.webhooks import GuardedSender
 from gateway.api.admin import AdminGate, admin_routes
 from gateway.api.credits import credit_routes
@@ -40,6 +41,7 @@ from gateway.api.front import Front
 from gateway.api.health import health_routes
 from gateway.api.http import AnyRequest, ClientGoneError, note_of
 from gateway.api.images import Images, image_routes
+from gateway.api.keys import KeyAdmin, key_routes
 from gateway.api.links import Links, OpenLinks, link_routes
 from gateway.api.models import model_routes
 from gateway.api.render import Renderer, route_facts
@@ -89,6 +91,7 @@ from gateway.ports import (
     Clock,
     Events,
     Fetcher,
+    Rates,
     Sender,
     TaskRecord,
     Tunable,
@@ -297,7 +300,13 @@ def build_gateway(
     )
     recovery = Recovery(books.tasks, books.processes, process_id, clock, events)
     leaving = Leaving(clock.monotonic_ms)
-    authenticate = Authenticate(books.accounts, clock, books.secret)
+    authenticate = Authenticate(
+        books.accounts,
+        clock,
+        books.secret,
+        rates=_rates(fleet, MemoryRates(clock, board.share)),
+        strangers=MemoryRates(clock),
+    )
     links = Links(books.secret, settings.server.public_url)
     renderer = Renderer(settings.nanocredits_per_usd)
     gate = AdminGate(settings.server.admin_key)
@@ -381,6 +390,16 @@ def build_gateway(
             *webhook_routes(authenticate, books.webhooks, clock),
             *webhook_admin_routes(gate, books.webhooks),
             *admin_routes(gate, _sandboxes(providers)),
+            *key_routes(
+                KeyAdmin(
+                    gate,
+                    authenticate,
+                    replace(books.keys, announce=_key_announcer(authenticate, fleet)),
+                    books.tenants,
+                    books.webhooks,
+                    tenants_may_choose=settings.tenants_may_choose,
+                )
+            ),
             *upstream_routes(gate, upstreams),
             *explain_routes(
                 gate,
@@ -398,7 +417,15 @@ def build_gateway(
         log,
     )
     return Gateway(
-        app=Front(inner, clock, chance, events, log.on_crash, lambda: leaving.begun),
+        app=Front(
+            inner,
+            clock,
+            chance,
+            events,
+            log.on_crash,
+            lambda: leaving.begun,
+            settings.server.trusted_proxies,
+        ),
         runner=runner,
         worker=worker,
         loops=Loops(
@@ -446,6 +473,26 @@ def _fleet(
 
     guard = Guard(opener(settings.storage.redis), events)
     return RedisFleet(guard, clock, process_id, log.on_crash)
+
+
+def _rates(fleet: RedisFleet | None, local: MemoryRates) -> Rates:
+    if fleet is None:
+        return local
+    from gateway.adapters.hot_redis.rates import RedisRates  # noqa: PLC0415 - only where it is asked for
+
+    return RedisRates(fleet.guard, local)
+
+
+def _key_announcer(
+    authenticate: Authenticate, fleet: RedisFleet | None
+) -> Callable[[Notice], Awaitable[None]]:
+    # For changes of keys made by this process itself.
+    async def announce(notice: Notice) -> None:
+        authenticate.forget(notice.subject)
+        if fleet is not None:
+            fleet.send(notice)
+
+    return announce
 
 
 def _joined(
@@ -542,6 +589,8 @@ async def started(
             await gateway.shelves.look()
         if gateway.fleet is not None:
             await gateway.fleet.exchange()
+        if settings.server.admin_key is None:
+            log.note("admin_routes_off", why="server.admin_key is not set")
         log.note(
             "started",
             replayed_entries=replayed,

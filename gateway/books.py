@@ -25,14 +25,13 @@ from gateway.adapters.sql.processes import SqlProcesses
 from gateway.adapters.sql.queue import SqlQueue
 from gateway.adapters.sql.sqlite import SqliteDatabase
 from gateway.adapters.sql.tasks import SqlTaskStore
+from gateway.core.catalogue import Catalogue
 from gateway.core.errors import GatewayError, upstream_not_found
 from gateway.core.events import Event
 from gateway.core.fleet import Notice
 from gateway.core.money import NANO
-from gateway.core.preferences import routing_from_text
-from gateway.core.routing import Preferences
 from gateway.flows.credits import ManageTenants
-from gateway.flows.keys import ManageKeys, NewKey
+from gateway.flows.keys import KeyNames, ManageKeys, NewKey
 from gateway.flows.tasks import ManageTasks, ReadTask, TaskView
 from gateway.flows.webhooks import ManageWebhooks
 from gateway.ports import AuditReport, BlobStore
@@ -54,23 +53,20 @@ def read_settings(config: Path | None, overrides: Mapping[str, str]) -> Settings
     return load_settings(config, kinds=None, overrides=overrides)
 
 
-def routing_of_key(settings: Settings, text: str | None) -> Preferences:
-    """Read what a key is to keep of routing; None says nothing.
+def names_for_keys(settings: Settings) -> KeyNames:
+    """Tell what keys may be bound to: the config's models and upstreams.
 
-    Raises:
-        InvalidRequestError: it breaks a rule.
-        StartError: it names an upstream that the config does not.
+    Upstreams that are left out for want of a credential are known too.
     """
-    routing = routing_from_text(text)
     known = {upstream.name for upstream in settings.upstreams}
     known |= {left.upstream for left in settings.left_out}
-    for name in (routing.only or ()) + (routing.ignore or ()) + (routing.order or ()):
-        if name.partition("/")[0] not in known:
-            raise StartError(
-                f"routing: there is no upstream {name}; there are "
-                f"{', '.join(sorted(known))}"
-            )
-    return routing
+    catalogue = Catalogue(variants=settings.variants, offers={})
+
+    def named(name: str) -> str | None:
+        variant = catalogue.variant(name)
+        return variant.name if variant is not None else None
+
+    return KeyNames(named, frozenset(known))
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +264,12 @@ async def open_books(
             drains=SqlDrains(database),
             tenants=ManageTenants(accounts, ledger, clock, chance),
             keys=ManageKeys(
-                accounts, clock, chance, secret, announce=_announcer(settings)
+                accounts,
+                clock,
+                chance,
+                secret,
+                announce=_announcer(settings),
+                names=names_for_keys(settings),
             ),
             webhooks=ManageWebhooks(outbox, accounts, clock, secret),
             data_dir=data_dir,

@@ -28,7 +28,10 @@ from gateway.terminal import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gateway.books import Books
+    from gateway.flows.keys import NewKey
     from gateway.settings import Settings
 
 
@@ -199,53 +202,103 @@ def keys() -> None:
     """API keys of tenants."""
 
 
+_LIMIT_OPTIONS = (
+    click.option("--scopes", help="Of images, tasks, billing, admin: images,tasks."),
+    click.option("--models", help="Models it may ask for: gpt-image-2,…"),
+    click.option("--addresses", help="Where it may come from: 203.0.113.0/24,…"),
+    click.option("--expires-at", help="When it ends: 2027-01-31T12:00:00Z."),
+    click.option("--requests-per-minute", help="Requests for pictures a minute."),
+    click.option("--concurrent-tasks", help="Tasks in flight at once."),
+    click.option("--total-credits", help="Budget for good, e.g. 100 or 0.5."),
+    click.option("--daily-credits", help="Budget of a day (UTC)."),
+    click.option("--monthly-credits", help="Budget of a month (UTC)."),
+    click.option(
+        "--delivery",
+        type=click.Choice(["auto", "sync", "async"]),
+        help="Delivery mode of requests that do not say.",
+    ),
+    click.option(
+        "--routing",
+        help='Where requests go that do not say, e.g. \'{"only": ["openai"]}\'.',
+    ),
+)
+_NONE = "none"
+"""What takes a limit away."""
+
+
+def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that a key is limited by."""
+    for option in reversed(_LIMIT_OPTIONS):
+        command = option(command)
+    return command
+
+
+def _given(options: dict[str, str | None]) -> dict[str, object]:
+    """Make of options what the admin API takes as JSON."""
+    from gateway.core.preferences import parse_routing_text
+
+    given: dict[str, object] = {}
+    for name, text in options.items():
+        if text is None:
+            continue
+        if text == _NONE:
+            given[name] = None
+        elif name in {"scopes", "models", "addresses"}:
+            given[name] = [part.strip() for part in text.split(",")]
+        elif name in {"requests_per_minute", "concurrent_tasks"}:
+            short = text.isascii() and text.isdigit() and len(text) <= len("1000000")
+            given[name] = int(text) if short else text
+        else:
+            given[name] = parse_routing_text(text) if name == "routing" else text
+    return given
+
+
 @keys.command("create")
 @listed
 @click.option("--tenant", required=True, help="The tenant's name.")
-@click.option(
-    "--delivery",
-    type=click.Choice(["auto", "sync", "async"]),
-    default="auto",
-    show_default=True,
-    help="Delivery mode of requests that do not say.",
-)
-@click.option(
-    "--routing",
-    "routing_json",
-    help='Where requests go that do not say, e.g. \'{"only": ["openai"]}\'.',
-)
+@limit_options
 def keys_create(
     config: Path | None,
     data_dir: Path | None,
     *,
     as_json: bool,
     tenant: str,
-    delivery: str,
-    routing_json: str | None,
+    **options: str | None,
 ) -> None:
     """Make a key; it is shown this once."""
-    settings = read_settings(config, data_dir, {}, adapters=False)
-    with one_line_errors():
-        from gateway.books import routing_of_key
 
-        routing = routing_of_key(settings, routing_json)
-
-    async def run(books: Books) -> dict[str, str]:
+    async def run(books: Books) -> dict[str, Any]:
         owner = await books.tenants.named(tenant)
-        made = await books.keys.create(owner, delivery=delivery, routing=routing)
-        return {
-            "key": made.secret,
-            "key_id": made.key.id,
-            "tenant": tenant,
-            "webhook_secret": await books.webhooks.secret(made.key.id),
-        }
+        made = await books.keys.create(owner, _given(options))
+        return {**await _made(books, made), "tenant": tenant}
 
     made = with_books(config, data_dir, run)
-    text = (
+    show(made, _made_text(made), as_json=as_json)
+
+
+async def _made(books: Books, made: NewKey) -> dict[str, Any]:
+    return {
+        **books.keys.facts(made.key),
+        "key": made.secret,
+        "webhook_secret": await books.webhooks.secret(made.key.id),
+    }
+
+
+def _made_text(made: dict[str, Any]) -> str:
+    return (
         f"{made['key']}\nwebhook secret: {made['webhook_secret']}\n"
         f"(both shown this once; id {made['key_id']})"
     )
-    show(made, text, as_json=as_json)
+
+
+def _key_lines(record: dict[str, Any]) -> str:
+    lines = []
+    for name, value in record.items():
+        if isinstance(value, list):
+            value = ", ".join(value)  # noqa: PLW2901 - as a person reads it
+        if value not in (None, "", {}):
+            lines.append(f"{name:<21}{value}")
+    return "\n".join(lines)
 
 
 @keys.command("list")
@@ -256,22 +309,89 @@ def keys_list(
 ) -> None:
     """List a tenant's keys."""
 
-    async def run(books: Books) -> list[dict[str, str]]:
-        from gateway.core.preferences import routing_text
-
+    async def run(books: Books) -> list[dict[str, Any]]:
         owner = await books.tenants.named(tenant)
-        return [
-            {
-                "key_id": key.id,
-                "key": key.display,
-                "delivery": key.delivery,
-                "state": "active" if key.revoked_ms is None else "revoked",
-                "routing": routing_text(key.routing) or "",
-            }
-            for key in await books.accounts.keys(owner.id)
-        ]
+        return [books.keys.facts(key) for key in await books.accounts.keys(owner.id)]
 
-    show_rows(with_books(config, data_dir, run), as_json=as_json)
+    found = with_books(config, data_dir, run)
+    if as_json:
+        print_json(found)
+        return
+    for each in found:
+        shown = (each["key_id"], each["key"], each["delivery"], each["state"])
+        routing = json.dumps(each["routing"]) if each["routing"] else ""
+        click.echo("  ".join([*shown, routing]).rstrip())
+
+
+@keys.command("show")
+@listed
+@click.argument("key_id")
+def keys_show(
+    config: Path | None, data_dir: Path | None, *, as_json: bool, key_id: str
+) -> None:
+    """Show a key, its limits and what it has used of them."""
+
+    async def run(books: Books) -> dict[str, Any]:
+        from gateway.flows.keys import use_facts
+
+        view = await books.keys.show(key_id)
+        return {**books.keys.facts(view.key), "used": use_facts(view)}
+
+    found = with_books(config, data_dir, run)
+    used = {f"used {name}": value for name, value in found["used"].items()}
+    lines = _key_lines({**{k: v for k, v in found.items() if k != "used"}, **used})
+    show(found, lines, as_json=as_json)
+
+
+@keys.command("update")
+@listed
+@click.argument("key_id")
+@limit_options
+def keys_update(
+    config: Path | None,
+    data_dir: Path | None,
+    *,
+    as_json: bool,
+    key_id: str,
+    **options: str | None,
+) -> None:
+    """Change what is given of a key; "none" takes a limit away."""
+
+    async def run(books: Books) -> dict[str, Any]:
+        return books.keys.facts(await books.keys.change(key_id, _given(options)))
+
+    changed = with_books(config, data_dir, run)
+    show(changed, _key_lines(changed), as_json=as_json)
+
+
+@keys.command("rotate")
+@listed
+@click.argument("key_id")
+@click.option(
+    "--overlap-s",
+    type=click.IntRange(0),
+    default=86_400,
+    show_default=True,
+    help="How long the old key stays valid, in seconds.",
+)
+def keys_rotate(
+    config: Path | None,
+    data_dir: Path | None,
+    *,
+    as_json: bool,
+    key_id: str,
+    overlap_s: int,
+) -> None:
+    """Make a key that takes another one's place; that one expires by itself."""
+
+    async def run(books: Books) -> dict[str, Any]:
+        made, before = await books.keys.rotate(key_id, overlap_s=overlap_s)
+        return {**await _made(books, made), "previous": books.keys.facts(before)}
+
+    made = with_books(config, data_dir, run)
+    until = made["previous"]["expires_at"]
+    text = f"{_made_text(made)}\n{key_id} is valid until {until}"
+    show(made, text, as_json=as_json)
 
 
 @keys.command("revoke")

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from decimal import Decimal, InvalidOperation
@@ -97,6 +97,8 @@ class Server:
     """How long requests are still taken once the process is about to stop."""
     secret: str | None = field(repr=False, default=None)
     """What keys and links depend on; None: made in the data folder."""
+    trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = ()
+    """Whose ``X-Forwarded-For`` is believed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,6 +441,12 @@ GATEWAY_KEYS: tuple[Key, ...] = (
                 Kind.REFERENCE,
                 "What keys and links depend on; unset: made in the data folder.",
                 "",
+            ),
+            Key(
+                "trusted_proxies",
+                Kind.TEXTS,
+                "Networks of proxies whose X-Forwarded-For is believed.",
+                (),
             ),
         ),
     ),
@@ -1419,6 +1427,7 @@ def _server(values: _Values, desk: _Desk) -> Server | None:
         desk.wrong("server.secret", problem)
     if secret and len(secret) < SECRET_MIN_CHARS:
         desk.wrong("server.secret", f"must have at least {SECRET_MIN_CHARS} characters")
+    trusted = _networks("server.trusted_proxies", server["trusted_proxies"], desk)
     return Server(
         host=server["host"],
         port=server["port"],
@@ -1426,6 +1435,7 @@ def _server(values: _Values, desk: _Desk) -> Server | None:
         admin_key=admin_key or None,
         leaving_s=server["leaving_s"],
         secret=secret or None,
+        trusted_proxies=trusted,
     )
 
 
@@ -1487,13 +1497,8 @@ def _reach(
     section: str, values: _Values, desk: _Desk
 ) -> tuple[tuple[IPv4Network | IPv6Network, ...], tuple[int, ...]]:
     """Read where URLs of callers may lead to; without what is wrong."""
-    networks: list[IPv4Network | IPv6Network] = []
-    for index, text in enumerate(values["allow_networks"] or ()):
-        try:
-            networks.append(ip_network(text))
-        except ValueError as error:
-            where = f"{section}.allow_networks[{index}]"
-            desk.wrong(where, f"is no network: {error}")
+    where = f"{section}.allow_networks"
+    networks = _networks(where, values["allow_networks"] or (), desk)
     ports: list[int] = []
     for index, text in enumerate(values["ports"] or ()):
         if text.isascii() and text.isdigit() and 0 < int(text) <= PORT_MAX:
@@ -1501,7 +1506,20 @@ def _reach(
         else:
             where = f"{section}.ports[{index}]"
             desk.wrong(where, f"must be 1 to {PORT_MAX}, as text")
-    return tuple(networks), tuple(ports)
+    return networks, tuple(ports)
+
+
+def _networks(
+    where: str, texts: Iterable[str], desk: _Desk
+) -> tuple[IPv4Network | IPv6Network, ...]:
+    """Read networks; without what is wrong."""
+    networks: list[IPv4Network | IPv6Network] = []
+    for index, text in enumerate(texts):
+        try:
+            networks.append(ip_network(text))
+        except ValueError as error:
+            desk.wrong(f"{where}[{index}]", f"is no network: {error}")
+    return tuple(networks)
 
 
 def _locate(text: str | None, key: Key, desk: _Desk) -> str | None:

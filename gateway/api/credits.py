@@ -6,8 +6,10 @@ import msgspec
 from litestar import Response, get
 from litestar.handlers import HTTPRouteHandler
 
-from gateway.api.http import AnyRequest, note_of
+from gateway.api.door import key_of
+from gateway.api.http import AnyRequest
 from gateway.api.render import number
+from gateway.core.key_limits import KeyScope
 from gateway.flows.credits import ManageTenants
 from gateway.flows.keys import Authenticate
 
@@ -22,9 +24,7 @@ def credit_routes(
         request: AnyRequest,
     ) -> Response[bytes]:
         """Return the balance. ``remaining`` is what new requests may use."""
-        key = await authenticate(request.headers.get("authorization"))
-        note = note_of(request.scope)
-        note.tenant_id, note.key_id = key.tenant_id, key.id
+        key = await key_of(authenticate, request.scope, KeyScope.BILLING)
         balance = await tenants.balance(key.tenant_id)
         user = {
             "remaining_credits": number(balance.available),

@@ -7,7 +7,8 @@ from litestar import asgi
 from litestar.handlers import ASGIRouteHandler
 from litestar.types import Receive, Scope, Send
 
-from gateway.api.http import header, note_of, read_json, send_answer
+from gateway.api.door import key_of
+from gateway.api.http import note_of, read_json, send_answer
 from gateway.api.images import MethodNotAllowedError
 from gateway.api.render import number, token_counts
 from gateway.core.catalogue import Catalogue
@@ -40,8 +41,7 @@ def estimate_routes(
         if scope["method"] != "POST":  # type: ignore[typeddict-item]
             note.headers["allow"] = "POST"
             raise MethodNotAllowedError("Use POST on this route.")
-        key = await authenticate(header(scope, "authorization"))
-        note.tenant_id, note.key_id = key.tenant_id, key.id
+        await key_of(authenticate, scope)
         body = estimate_body(await read_json(receive), catalogue, nanocredits_per_usd)
         headers = {"content-type": "application/json"}
         await send_answer(send, 200, headers, msgspec.json.encode(body))

@@ -13,11 +13,13 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath
 
 from gateway.api.base64_uploads import read_base64_upload
+from gateway.api.door import key_of
 from gateway.api.forms import Form, FormLimits, boundary_of, read_form
-from gateway.api.http import AnyRequest, note_of, read_json, whole_number
+from gateway.api.http import AnyRequest, read_json, whole_number
 from gateway.api.links import Links
 from gateway.core.errors import InvalidRequestError, insufficient_credits, storage_full
 from gateway.core.images import IMAGE_MAX_BYTES
+from gateway.core.key_limits import KeyScope
 from gateway.flows.credits import ManageTenants
 from gateway.flows.files import FetchFile, Files, Naming, upload_spool
 from gateway.flows.keys import Authenticate
@@ -44,9 +46,7 @@ class FileApi:
 
     async def tenant_of(self, request: AnyRequest) -> str:
         """Tell whose key the request carries."""
-        key = await self.authenticate(request.headers.get("authorization"))
-        note = note_of(request.scope)
-        note.tenant_id, note.key_id = key.tenant_id, key.id
+        key = await key_of(self.authenticate, request.scope, KeyScope.IMAGES)
         return key.tenant_id
 
     async def uploader_of(self, request: AnyRequest) -> str:

@@ -13,7 +13,8 @@ from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.api.errors import internal_error, render_error
-from gateway.api.http import NOTE, RequestNote, send_answer
+from gateway.api.http import NOTE, RequestNote, header_list, send_answer
+from gateway.core.addresses import Network, client_address
 from gateway.core.errors import GatewayError
 from gateway.core.events import RequestFinished
 from gateway.ports import Chance, Clock, Events
@@ -37,6 +38,8 @@ class Front:
     crashed: Callable[[BaseException, str], None]
     leaving: Callable[[], bool] = lambda: False
     """Whether the process is about to stop: its connections are to be used no more."""
+    trusted_proxies: tuple[Network, ...] = ()
+    """Whose word is taken for where a request comes from."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request, or the life span of the application."""
@@ -47,6 +50,7 @@ class Front:
             id="req_" + self.chance.token(ID_ALPHABET, ID_CHARS),
             started_ms=self.clock.monotonic_ms(),
             received_s=self.clock.now_ms() // 1000,
+            address=self._address(scope),
         )
         cast("dict[str, object]", scope)[NOTE] = note
         answer = _Answer(send, note, self.clock, self.leaving)
@@ -54,6 +58,14 @@ class Front:
             await self._handle(scope, receive, answer, note)
         finally:
             self._tell(scope, note, answer.status)
+
+    def _address(self, scope: Scope) -> str:
+        client = cast("dict[str, object]", scope).get("client")
+        peer = str(client[0]) if isinstance(client, list | tuple) else ""
+        if not self.trusted_proxies:
+            return peer
+        forwarded = header_list(scope, "x-forwarded-for")
+        return client_address(peer, forwarded, self.trusted_proxies)
 
     async def _handle(
         self, scope: Scope, receive: Receive, answer: _Answer, note: RequestNote

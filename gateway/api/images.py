@@ -18,6 +18,7 @@ from litestar import asgi
 from litestar.handlers import ASGIRouteHandler
 from litestar.types import Receive, Scope, Send
 
+from gateway.api.door import count_request, key_of
 from gateway.api.events import EventStream, send_events
 from gateway.api.forms import Form, FormLimits, boundary_of, read_form
 from gateway.api.http import (
@@ -40,6 +41,7 @@ from gateway.core.delivery import Delivery, delivery_of, surely_sync
 from gateway.core.errors import GatewayError, InvalidRequestError, storage_full
 from gateway.core.idempotency import fingerprint, parse_key
 from gateway.core.images import IMAGE_MAX_BYTES
+from gateway.core.key_limits import KeyScope, check_model
 from gateway.core.preferences import (
     Said,
     check_said,
@@ -176,8 +178,8 @@ class Images:
         if scope["method"] != "POST":  # type: ignore[typeddict-item]
             note.headers["allow"] = "POST"
             raise MethodNotAllowedError("Use POST on this route.")
-        key = await self.authenticate(header(scope, "authorization"))
-        note.tenant_id, note.key_id = key.tenant_id, key.id
+        key = await key_of(self.authenticate, scope, KeyScope.IMAGES)
+        await count_request(self.authenticate, scope, key)
         return key
 
     async def _check_large(self, scope: Scope, key: Key, operation: Operation) -> None:
@@ -217,6 +219,7 @@ class Images:
 
     async def _start(self, scope: Scope, key: Key, asked: Asked) -> Work:
         note = note_of(scope)
+        check_model(key.limits, asked.request.variant.name)
         headers = header_texts(scope)
         said = Said(parse_headers(headers), asked.request.routing, key.routing)
         check_said(

@@ -9,10 +9,12 @@ from litestar import Response, get
 from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath
 
+from gateway.api.door import key_of
 from gateway.api.http import AnyRequest
 from gateway.api.render import number
 from gateway.core.catalogue import Catalogue, TokenPrice, TokenRule, Variant
 from gateway.core.errors import NotFoundError
+from gateway.core.key_limits import check_model
 from gateway.core.requests import PROMPT_MAX_CHARS
 from gateway.core.sizes import AREA_MAX_PX, AREA_MIN_PX, EDGE_MAX_PX
 from gateway.flows.keys import Authenticate
@@ -29,15 +31,19 @@ def model_routes(
     async def list_models(
         request: AnyRequest,
     ) -> Response[bytes]:
-        """List the variants, retired ones too."""
-        await authenticate(request.headers.get("authorization"))
-        data = [_model(variant, catalogue) for variant in catalogue.variants.values()]
+        """List the variants that the key may ask for, retired ones too."""
+        key = await key_of(authenticate, request.scope)
+        data = [
+            _model(variant, catalogue)
+            for variant in catalogue.variants.values()
+            if key.limits.models is None or variant.name in key.limits.models
+        ]
         return _json({"object": "list", "data": data})
 
     @get("/v1/models/{model:str}")
     async def get_model(request: AnyRequest, model: FromPath[str]) -> Response[bytes]:
         """Return one variant by its name or an alias."""
-        await authenticate(request.headers.get("authorization"))
+        key = await key_of(authenticate, request.scope)
         variant = catalogue.variant(model)
         if variant is None:
             raise NotFoundError(
@@ -45,6 +51,7 @@ def model_routes(
                 param="model",
                 code="model_not_found",
             )
+        check_model(key.limits, variant.name)
         return _json(_model(variant, catalogue))
 
     return [list_models, get_model]

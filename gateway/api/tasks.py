@@ -8,10 +8,12 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath
 
 from gateway.api.admin import AdminGate
+from gateway.api.door import key_of
 from gateway.api.http import AnyRequest, note_of, read_json, whole_number
 from gateway.api.links import Links
 from gateway.api.render import Renderer
 from gateway.core.errors import InvalidRequestError
+from gateway.core.key_limits import KeyScope
 from gateway.core.tasks import TaskState
 from gateway.flows.keys import Authenticate
 from gateway.flows.tasks import (
@@ -39,15 +41,13 @@ def task_routes(
     @get("/v1/tasks/{task_id:str}")
     async def get_task(request: AnyRequest, task_id: FromPath[str]) -> Response[bytes]:
         """Return a task to its tenant; to an admin with its route and attempts."""
-        authorization = request.headers.get("authorization")
         link_to = links.to(request.scope)
         note = note_of(request.scope)
-        if admin.opens(authorization):
+        if admin.opens(request.headers.get("authorization")):
             view = await read_task(task_id, None)
             body = renderer.admin(view, link_to)
         else:
-            key = await authenticate(authorization)
-            note.tenant_id, note.key_id = key.tenant_id, key.id
+            key = await _key(authenticate, request)
             view = await read_task(task_id, key.tenant_id)
             body = renderer.task(view, link_to)
         note.task_id = view.id
@@ -95,10 +95,7 @@ def task_routes(
 
 
 async def _key(authenticate: Authenticate, request: AnyRequest) -> Key:
-    key = await authenticate(request.headers.get("authorization"))
-    note = note_of(request.scope)
-    note.tenant_id, note.key_id = key.tenant_id, key.id
-    return key
+    return await key_of(authenticate, request.scope, KeyScope.TASKS)
 
 
 def _states(text: str | None) -> tuple[TaskState, ...]:

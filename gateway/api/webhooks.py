@@ -11,7 +11,9 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath
 
 from gateway.api.admin import AdminGate
-from gateway.api.http import AnyRequest, note_of, whole_number
+from gateway.api.door import key_of
+from gateway.api.http import AnyRequest, whole_number
+from gateway.core.key_limits import KeyScope
 from gateway.core.webhooks import ROTATION_OVERLAP_MS, Delivery
 from gateway.flows.keys import Authenticate
 from gateway.flows.webhooks import ManageWebhooks
@@ -27,16 +29,13 @@ def webhook_routes(
 ) -> list[HTTPRouteHandler]:
     """Route the webhooks of a tenant."""
 
-    async def key_of(request: AnyRequest) -> Key:
-        key = await authenticate(request.headers.get("authorization"))
-        note = note_of(request.scope)
-        note.tenant_id, note.key_id = key.tenant_id, key.id
-        return key
+    async def caller(request: AnyRequest) -> Key:
+        return await key_of(authenticate, request.scope, KeyScope.TASKS)
 
     @get("/v1/webhooks/deliveries")
     async def list_deliveries(request: AnyRequest) -> Response[bytes]:
         """List the tenant's deliveries, newest first."""
-        key = await key_of(request)
+        key = await caller(request)
         return await _page(request, webhooks, key.tenant_id)
 
     @post("/v1/webhooks/deliveries/{delivery_id:str}/redeliver", status_code=200)
@@ -44,13 +43,13 @@ def webhook_routes(
         request: AnyRequest, delivery_id: FromPath[str]
     ) -> Response[bytes]:
         """Send a webhook again, under the same id."""
-        key = await key_of(request)
+        key = await caller(request)
         return _json(_delivery(await webhooks.redeliver(delivery_id, key.tenant_id)))
 
     @post("/v1/webhooks/secret/rotate", status_code=200)
     async def rotate(request: AnyRequest) -> Response[bytes]:
         """Give the key another secret; it is shown this once."""
-        key = await key_of(request)
+        key = await caller(request)
         secret = await webhooks.rotate(key.id)
         until_ms = clock.now_ms() + ROTATION_OVERLAP_MS
         return _json(

@@ -267,7 +267,7 @@ def parse_limits(
     changed: dict[str, Any] = {}
     for name, value in given.items():
         if name not in _FIELDS:
-            known = ", ".join(LIMIT_FIELDS)
+            known = ", ".join(("delivery", "routing", *_FIELDS))
             raise _wrong(shown(name)[1:-1], f"does not exist; there are {known}")
         field, parse = _FIELDS[name]
         if value is None:
@@ -407,7 +407,6 @@ _FIELDS: Mapping[str, tuple[str, Callable[[object, str], object]]] = {
     "daily_credits": ("daily_nanocredits", parse_nanocredits),
     "monthly_credits": ("monthly_nanocredits", parse_nanocredits),
 }
-LIMIT_FIELDS = tuple(_FIELDS)
 
 
 def _wrong(param: str, rule: str) -> GatewayError:

@@ -259,6 +259,7 @@ class Generate:
             task_class=class_of(request),
             order_json=_order_json(request) if later is not None else None,
             owner=self.process_id if later is None else None,
+            keys_version=None if key.counted else key.keys_version,
         )
         try:
             earlier = await self.store.open(task)

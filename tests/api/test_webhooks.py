@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from gateway.adapters.logs import LogListener
+from gateway.adapters.rates import MemoryRates
 from gateway.adapters.sql.deliveries import SqlOutbox
 from gateway.api.admin import AdminGate
 from gateway.api.front import Front
@@ -59,7 +60,8 @@ async def counter(tmp_path: Path) -> AsyncGenerator[Counter, None]:
         other = await keys.create(Tenant("t-2", "other"))
         outbox = SqlOutbox(stores.database)
         webhooks = ManageWebhooks(outbox, accounts, clock, PEPPER)
-        authenticate, log = Authenticate(accounts, clock, PEPPER), LogListener()
+        rates, log = MemoryRates(clock), LogListener()
+        authenticate = Authenticate(accounts, clock, PEPPER, rates, rates)
         inner = _litestar(
             [
                 *webhook_routes(authenticate, webhooks, clock),

@@ -18,6 +18,7 @@ from gateway.adapters.hot_redis.connection import (
     publish_once,
 )
 from gateway.adapters.hot_redis.fleet import notices_text
+from gateway.adapters.rates import MemoryRates
 from gateway.adapters.sql.accounts import SqlAccounts
 from gateway.core.breaker import BreakerState
 from gateway.core.errors import UnauthorizedError
@@ -256,7 +257,8 @@ async def test_a_revoked_key_is_refused_by_every_process_at_once(
     kept = await keys.create(Tenant("t-1", "app"))
     header = f"Bearer {made.secret}"
     fleet = [Process(name, redis.url, SystemClock()) for name in ("one", "two")]
-    doors = [Authenticate(accounts, clock, pepper) for _ in fleet]
+    rates = MemoryRates(clock)
+    doors = [Authenticate(accounts, clock, pepper, rates, rates) for _ in fleet]
     for process, door in zip(fleet, doors, strict=True):
         process.fleet.heed[Topic.KEYS] = door.forget
     async with running(fleet[0]), running(fleet[1]):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from gateway.adapters.rates import MemoryRates
 from gateway.core import keys as rules
 from gateway.core.errors import UnauthorizedError
 from gateway.flows.keys import Authenticate
@@ -38,7 +39,10 @@ def a_door() -> tuple[Authenticate, OneKey, str]:
     key = Key("key_1", "t-1", rules.digest(secret, PEPPER), "iwk", "auto", 0)
     accounts = OneKey(key)
     stands_in: Any = accounts
-    return Authenticate(stands_in, StillClock(), PEPPER), accounts, f"Bearer {secret}"
+    clock = StillClock()
+    rates = MemoryRates(clock)
+    door = Authenticate(stands_in, clock, PEPPER, rates, MemoryRates(clock))
+    return door, accounts, f"Bearer {secret}"
 
 
 @pytest.mark.parametrize("subject", ["key_1", ""])
