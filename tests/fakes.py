@@ -18,6 +18,7 @@ from typing import Literal
 from gateway.core import ledger
 from gateway.core.errors import InsufficientCreditsError, ServiceUnavailableError
 from gateway.core.events import Event
+from gateway.core.key_limits import KeyUse
 from gateway.core.ledger import Balance, Settled
 from gateway.core.limits import RiskBook, may_rebuy
 from gateway.core.tasks import AttemptState, TaskState
@@ -26,12 +27,15 @@ from gateway.ports import (
     AttemptRecord,
     AuditReport,
     Earlier,
+    Key,
     NewAttempt,
     NewTask,
     OpenBlob,
     Rebuy,
+    Succession,
     TaskEnd,
     TaskRecord,
+    Tenant,
 )
 from providers.kit.contract import (
     Billed,
@@ -207,6 +211,72 @@ class FakeProcesses:
         for process_id in late:
             del self.seen[process_id]
         return 0
+
+
+@dataclass
+class MemoryAccounts:
+    """An ``Accounts`` of keys; what they have used is what a test says."""
+
+    by_id: dict[str, Key] = field(default_factory=dict)
+    use: KeyUse = field(default_factory=lambda: KeyUse("2026-11-25"))
+    reads: int = 0
+
+    async def add_tenant(self, tenant: Tenant, *, now_ms: int) -> None:
+        raise AssertionError(tenant)
+
+    async def tenant_named(self, name: str) -> Tenant | None:
+        raise AssertionError(name)
+
+    async def tenants(self) -> Sequence[tuple[Tenant, Balance]]:
+        raise AssertionError
+
+    async def add_key(self, key: Key) -> None:
+        self.by_id[key.id] = key
+
+    async def key_by_digest(self, digest: bytes) -> Key | None:
+        self.reads += 1
+        found = (key for key in self.by_id.values() if key.digest == digest)
+        return next(found, None)
+
+    async def key(self, key_id: str) -> Key | None:
+        return self.by_id.get(key_id)
+
+    async def keys(self, tenant_id: str) -> Sequence[Key]:
+        return [key for key in self.by_id.values() if key.tenant_id == tenant_id]
+
+    async def keys_page(
+        self, tenant_id: str | None, *, offset: int, limit: int
+    ) -> tuple[int, Sequence[Key]]:
+        found = [k for k in self.by_id.values() if tenant_id in {None, k.tenant_id}]
+        return len(found), found[::-1][offset : offset + limit]
+
+    async def change_key(self, key_id: str, change: Callable[[Key], Key]) -> Key | None:
+        if key_id not in self.by_id:
+            return None
+        self.by_id[key_id] = change(self.by_id[key_id])
+        return self.by_id[key_id]
+
+    async def rotate_key(
+        self, key_id: str, rotate: Callable[[Key, Sequence[Key]], Succession]
+    ) -> Succession | None:
+        key = self.by_id.get(key_id)
+        if key is None:
+            return None
+        family = [k for k in self.by_id.values() if k.meter == key.meter]
+        done = rotate(key, family)
+        self.by_id |= {done.before.id: done.before, done.after.id: done.after}
+        return done
+
+    async def key_use(self, key_id: str) -> KeyUse | None:
+        return self.use if key_id in self.by_id else None
+
+    async def revoke_key(self, key_id: str, *, now_ms: int) -> bool:
+        key = self.by_id.get(key_id)
+        if key is None:
+            return False
+        if key.revoked_ms is None:
+            self.by_id[key_id] = replace(key, revoked_ms=now_ms)
+        return True
 
 
 @dataclass

@@ -15,8 +15,10 @@ from gateway.core.addresses import (
     ForbiddenUrlError,
     UrlRules,
     checked_url,
+    client_address,
     is_public,
     may_reach,
+    plain_address,
     redirected,
 )
 
@@ -410,3 +412,34 @@ def test_whatever_text_it_is_the_url_is_taken_apart_the_same_way_twice(
     assert url.text.isascii()
     assert url.text.isprintable()
     assert checked_url(url.text, ANY_PORT) == url
+
+
+# --- where a request comes from ---
+
+PROXIES = (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "address"),
+    [
+        ("203.0.113.7", "", "203.0.113.7"),
+        ("203.0.113.7", "198.51.100.1", "203.0.113.7"),  # anybody can write that
+        ("10.0.0.1", "203.0.113.7", "203.0.113.7"),
+        ("10.0.0.1", "198.51.100.1, 203.0.113.7", "203.0.113.7"),
+        ("10.0.0.1", "203.0.113.7, 10.9.9.9,10.0.0.2", "203.0.113.7"),
+        ("10.0.0.1", "203.0.113.7:4711", "203.0.113.7"),
+        ("10.0.0.1", "[2001:db8::1]:4711, fd00::5", "2001:db8::1"),
+        ("::ffff:10.0.0.1", "::ffff:203.0.113.7", "203.0.113.7"),
+        ("10.0.0.1", "10.0.0.2", "10.0.0.2"),
+        ("10.0.0.1", "203.0.113.7, unknown", "10.0.0.1"),
+        ("10.0.0.1", ", ,", "10.0.0.1"),
+        ("10.0.0.1", "203.0.113.7" + ", 10.0.0.2" * 99, "10.0.0.2"),
+        ("", "203.0.113.7", ""),
+    ],
+)
+def test_only_what_trusted_proxies_wrote_says_where_a_request_comes_from(
+    peer: str, forwarded: str, address: str
+) -> None:
+    assert client_address(peer, forwarded, PROXIES) == address
+    if peer:
+        assert client_address(peer, forwarded, ()) == str(plain_address(peer))
