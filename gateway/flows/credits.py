@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gateway.core.errors import InvalidRequestError, NotFoundError
+from gateway.core.key_limits import KeyUse, left_nanocredits
 from gateway.core.ledger import Balance
 from gateway.core.money import decimal_text
-from gateway.ports import Accounts, Chance, Clock, Ledger, Tenant
+from gateway.ports import Accounts, Chance, Clock, Key, Ledger, Tenant
 
 TENANT_NAME_MAX_CHARS = 64
 ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 ID_CHARS = 16
+_NOTHING_USED = KeyUse("1970-01-01")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,11 @@ class ManageTenants:
     async def balance(self, tenant_id: str) -> Balance:
         """Read what a tenant has."""
         return await self.ledger.balance(tenant_id) or Balance()
+
+    async def use_of(self, key: Key) -> KeyUse | None:
+        """Read what a key has used; None for one that has no budget to use up."""
+        has_budget = left_nanocredits(key.limits, _NOTHING_USED) is not None
+        return await self.accounts.key_use(key.id) if has_budget else None
 
 
 def balance_texts(balance: Balance) -> dict[str, str]:
