@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from gateway.adapters.hot_redis.connection import PREFIX, Command, Guard
 from gateway.core.limits import MINUTE_S, Rate
@@ -14,26 +14,29 @@ TOGETHER_MAX = 64
 """Requests that are asked for in one round trip."""
 
 _TAKE = """
-local second = tonumber(redis.call('TIME')[1])
-local counts = redis.call('HGETALL', KEYS[1])
-local limit, minute = tonumber(ARGV[1]), tonumber(ARGV[2])
-local used, oldest = 0, second
-for i = 1, #counts, 2 do
-  local at = tonumber(counts[i])
-  if at <= second - minute or at > second then
-    redis.call('HDEL', KEYS[1], counts[i])
-  else
-    used = used + tonumber(counts[i + 1])
-    oldest = math.min(oldest, at)
+local second, minute = tonumber(redis.call('TIME')[1]), tonumber(ARGV[1])
+local answers = {}
+for k, key in ipairs(KEYS) do
+  local counts, limit = redis.call('HGETALL', key), tonumber(ARGV[k + 1])
+  local used, oldest, allowed = 0, second, 0
+  for i = 1, #counts, 2 do
+    local at = tonumber(counts[i])
+    if at <= second - minute or at > second then
+      redis.call('HDEL', key, counts[i])
+    else
+      used = used + tonumber(counts[i + 1])
+      oldest = math.min(oldest, at)
+    end
   end
+  if used < limit then
+    allowed = 1
+    redis.call('HINCRBY', key, second, 1)
+    redis.call('PEXPIRE', key, minute * 1000)
+  end
+  local left = math.max(0, limit - used - allowed)
+  answers[k] = {allowed, left, oldest + minute - second}
 end
-local allowed = 0
-if used < limit then
-  allowed = 1
-  redis.call('HINCRBY', KEYS[1], second, 1)
-  redis.call('PEXPIRE', KEYS[1], minute * 1000)
-end
-return {allowed, math.max(0, limit - used - allowed), oldest + minute - second}
+return answers
 """
 """The rule of ``core.limits.taken``, where all processes meet."""
 
@@ -93,14 +96,18 @@ class RedisRates:
                 each.rate.cancel()
 
     async def _ask_for(self, group: list[_Waiting]) -> None:
-        answers: list[Any] | None = None
+        rates: list[Rate | None] = [None] * len(group)
+        keys = (f"{PREFIX}rate:{each.meter}" for each in group)
+        limits = (each.limit for each in group)
+        command: Command = ("EVAL", _TAKE, len(group), *keys, MINUTE_S, *limits)
         try:
-            answers = await self.guard.ask(*(each.command for each in group))
+            answers = await self.guard.ask(command)
+            if answers is not None:
+                rates = [_rate(*both) for both in zip(group, answers[0], strict=True)]
         finally:
-            for place, each in enumerate(group):
+            for each, rate in zip(group, rates, strict=True):
                 if not each.rate.done():
-                    answer = None if answers is None else answers[place]
-                    each.rate.set_result(_rate(each.limit, answer))
+                    each.rate.set_result(rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +116,7 @@ class _Waiting:
     limit: int
     rate: asyncio.Future[Rate | None]
 
-    @property
-    def command(self) -> Command:
-        return ("EVAL", _TAKE, 1, f"{PREFIX}rate:{self.meter}", self.limit, MINUTE_S)
 
-
-def _rate(limit: int, answer: Sequence[int] | None) -> Rate | None:
-    if answer is None:
-        return None
+def _rate(asked: _Waiting, answer: Sequence[int]) -> Rate:
     allowed, left, frees_in_s = answer
-    return Rate(bool(allowed), limit, left, frees_in_s)
+    return Rate(bool(allowed), asked.limit, left, frees_in_s)
