@@ -45,6 +45,7 @@ format: setup-dev ## Format the sources
 bench: setup-dev ## Measure speed and memory; prints figures
 	$(BIN)/python -m bench.decisions
 	$(BIN)/python -m bench.ledger
+	$(BIN)/python -m bench.keys
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.fetching
 	$(BIN)/python -m bench.growth
