@@ -169,9 +169,9 @@ async def test_what_is_booked_stays_booked(
         "UPDATE accounts SET held = posted + 1",
         "UPDATE accounts SET spent = -1",
         "UPDATE tasks SET state = 'completed' WHERE id = 'task-3'",
-        "INSERT INTO settlements VALUES ('task-3', 10, 5, 4, 'x', 0)",
-        "INSERT INTO settlements VALUES ('task-1', 0, 0, 0, 'x', 0)",
-        "INSERT INTO settlements VALUES ('ghost', 0, 0, 0, 'x', 0)",
+        "INSERT INTO settlements VALUES ('task-3', 10, 5, 4, 'x', 0, '', '')",
+        "INSERT INTO settlements VALUES ('task-1', 0, 0, 0, 'x', 0, '', '')",
+        "INSERT INTO settlements VALUES ('ghost', 0, 0, 0, 'x', 0, '', '')",
     ],
 )
 async def test_the_schema_itself_refuses_what_is_wrong(
@@ -246,12 +246,11 @@ PLANTED = {
     "a hold is settled once": (
         "task-1",
         # With its rules gone, a table takes what it is given.
-        """INSERT INTO settlements SELECT task_id, due, charged, absorbed,
-            usage_source, created_ms FROM settlements WHERE task_id = 'task-1'""",
+        "INSERT INTO settlements SELECT * FROM settlements WHERE task_id = 'task-1'",
     ),
     "a settlement closes a hold": (
         "ghost",
-        "INSERT INTO settlements VALUES ('ghost', 0, 0, 0, 'none', 0)",
+        "INSERT INTO settlements VALUES ('ghost', 0, 0, 0, 'none', 0, '', '')",
     ),
     "charged and absorbed make up what is due": (
         "task-1",

@@ -2,7 +2,7 @@
 
 Whoever changes a count has the tenant's account locked: what is read after that stands
 until the transaction is over. Keys that are not counted cost nothing here; what they
-used before is in the holds, and is taken over when they get a budget.
+used before is in holds and settlements, and is taken over when they get a budget.
 """
 
 from __future__ import annotations
@@ -12,15 +12,20 @@ from functools import lru_cache
 from gateway.adapters.sql.database import Change, Transaction
 from gateway.core.key_limits import TOTAL, KeyLimits, KeyUse, check_hold, month_of
 
-USE = """SELECT k.meter_id, k.counted,
-    CASE p.kind WHEN 0 THEN 'total' WHEN 1 THEN h.day ELSE substr(h.day, 1, 7) END
-        AS period,
-    COALESCE(s.charged, h.nanocredits) AS nanocredits,
-    CASE WHEN s.task_id IS NULL THEN 1 ELSE 0 END AS open_tasks
-FROM keys k JOIN holds h ON h.key_id = k.id
-LEFT JOIN settlements s ON s.task_id = h.task_id
-CROSS JOIN (SELECT 0 AS kind UNION ALL SELECT 1 UNION ALL SELECT 2) p"""
-"""What every hold adds to the use of its meter, out of the rows themselves."""
+_USED = """SELECT u.day, CAST(SUM(u.nanocredits) AS BIGINT) AS nanocredits,
+    CAST(SUM(u.open_tasks) AS BIGINT) AS open_tasks
+FROM (
+    SELECT s.day, s.charged AS nanocredits, 0 AS open_tasks
+    FROM keys k JOIN settlements s ON s.key_id = k.id WHERE k.meter_id = $1
+    UNION ALL
+    SELECT h.day, h.nanocredits, 1
+    FROM (SELECT id FROM tasks WHERE finished_ms IS NULL
+        ORDER BY created_ms, id LIMIT 1000000000) t
+    JOIN holds h ON h.task_id = t.id JOIN keys k ON k.id = h.key_id
+    WHERE k.meter_id = $1
+) u GROUP BY u.day"""
+"""What a meter has used, by day: of millions of rows it reads an index and those that
+are still open."""
 
 
 async def check_counted(
@@ -120,18 +125,28 @@ async def count_or_not(tx: Transaction, tenant_id: str, meter: str) -> None:
         return
     await tx.run("DELETE FROM key_use WHERE meter_id = $1", meter)
     if is_to_be:
-        await tx.run(
-            f"""INSERT INTO key_use (meter_id, period, nanocredits, open_tasks)
-            SELECT meter_id, period, CAST(SUM(nanocredits) AS BIGINT), SUM(open_tasks)
-            FROM ({USE} WHERE k.meter_id = $1) u GROUP BY meter_id, period""",  # noqa: S608 - a constant
-            meter,
-        )
+        for statement in _TAKING_OVER:
+            await tx.run(statement, meter)
         await tx.run(
             """UPDATE accounts SET keys_version = keys_version + 1
             WHERE tenant_id = $1""",
             tenant_id,
         )
     await tx.run("UPDATE keys SET counted = $2 WHERE meter_id = $1", meter, is_to_be)
+
+
+_TAKING_OVER = (
+    f"""INSERT INTO key_use (meter_id, period, nanocredits, open_tasks)
+    SELECT CAST($1 AS TEXT), v.day, v.nanocredits, v.open_tasks FROM ({_USED}) v""",  # noqa: S608 - a constant
+    """INSERT INTO key_use (meter_id, period, nanocredits, open_tasks)
+    SELECT meter_id, substr(period, 1, 7),
+        CAST(SUM(nanocredits) AS BIGINT), CAST(SUM(open_tasks) AS BIGINT)
+    FROM key_use WHERE meter_id = $1 GROUP BY meter_id, substr(period, 1, 7)""",
+    """INSERT INTO key_use (meter_id, period, nanocredits, open_tasks)
+    SELECT meter_id, 'total',
+        CAST(SUM(nanocredits) AS BIGINT), CAST(SUM(open_tasks) AS BIGINT)
+    FROM key_use WHERE meter_id = $1 AND length(period) = 10 GROUP BY meter_id""",
+)
 
 
 async def read_use(tx: Transaction, today: str, key_id: str) -> KeyUse | None:
@@ -146,30 +161,37 @@ async def read_use(tx: Transaction, today: str, key_id: str) -> KeyUse | None:
     if found is None:
         return None
     meter, day = found
-    rows = await tx.all(
-        f"""SELECT period, CAST(SUM(nanocredits) AS BIGINT), SUM(open_tasks)
-        FROM ({USE} WHERE k.meter_id = $1) u
-        WHERE period IN ('total', $2, $3) GROUP BY period""",  # noqa: S608 - a constant
-        meter,
+    rows = await tx.all(_USED, meter)
+    today_used = sum(nano for at, nano, _ in rows if at == day)
+    month_used = sum(nano for at, nano, _ in rows if month_of(at) == month_of(day))
+    return KeyUse(
         day,
-        month_of(day),
+        open_tasks=sum(tasks for _, _, tasks in rows),
+        total_nanocredits=sum(nano for _, nano, _ in rows),
+        daily_nanocredits=today_used,
+        monthly_nanocredits=month_used,
     )
-    by_period = {period: (used, tasks) for period, used, tasks in rows}
-    used, tasks = by_period.get(TOTAL, (0, 0))
-    today_used, _ = by_period.get(day, (0, 0))
-    month_used, _ = by_period.get(month_of(day), (0, 0))
-    return KeyUse(day, tasks, used, today_used, month_used)
 
 
-DRIFT = f"""SELECT meter_id || ' ' || period || ', tasks in flight: '
+DRIFT = """SELECT meter_id || ' ' || period || ', tasks in flight: '
         || SUM(tasks_expected) || ' expected, ' || SUM(tasks_found) || ' found',
     CAST(SUM(expected) AS BIGINT), CAST(SUM(found) AS BIGINT)
 FROM (
-    SELECT meter_id, period, nanocredits AS expected, 0 AS found,
-        open_tasks AS tasks_expected, 0 AS tasks_found
-    FROM ({USE} WHERE k.counted = 1) e
+    SELECT e.meter_id,
+        CASE p.kind WHEN 0 THEN 'total' WHEN 1 THEN e.day
+            ELSE substr(e.day, 1, 7) END AS period,
+        e.nanocredits AS expected, 0 AS found,
+        e.open_tasks AS tasks_expected, 0 AS tasks_found
+    FROM (
+        SELECT k.meter_id, h.day,
+            SUM(COALESCE(s.charged, h.nanocredits)) AS nanocredits,
+            SUM(CASE WHEN s.task_id IS NULL THEN 1 ELSE 0 END) AS open_tasks
+        FROM holds h JOIN keys k ON k.id = h.key_id AND k.counted = 1
+        LEFT JOIN settlements s ON s.task_id = h.task_id
+        GROUP BY k.meter_id, h.day
+    ) e CROSS JOIN (SELECT 0 AS kind UNION ALL SELECT 1 UNION ALL SELECT 2) p
     UNION ALL
     SELECT meter_id, period, 0, nanocredits, 0, open_tasks FROM key_use
 ) x GROUP BY meter_id, period
-HAVING SUM(expected) <> SUM(found) OR SUM(tasks_expected) <> SUM(tasks_found)"""  # noqa: S608 - constants
-"""What of the counts is not what the rows say, as the audit has it."""
+HAVING SUM(expected) <> SUM(found) OR SUM(tasks_expected) <> SUM(tasks_found)"""
+"""What of the counts is not what holds and settlements say, as the audit has it."""

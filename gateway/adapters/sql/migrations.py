@@ -320,7 +320,10 @@ MIGRATIONS = (
             # Holds from before count towards no budget.
             "ALTER TABLE holds ADD COLUMN key_id TEXT",
             "ALTER TABLE holds ADD COLUMN day TEXT",
-            "CREATE INDEX holds_by_key ON holds (key_id, day)",
+            "ALTER TABLE settlements ADD COLUMN key_id TEXT",
+            "ALTER TABLE settlements ADD COLUMN day TEXT",
+            # All that a key was charged is read from it alone, without the rows.
+            "CREATE INDEX settlements_by_key ON settlements (key_id, day, charged)",
             # A cache of the holds and settlements of counted keys, kept in the same
             # transactions: by all time, by day and by month.
             """CREATE TABLE key_use (

@@ -469,7 +469,7 @@ async def finish_task(tx: Transaction, end: TaskEnd) -> Settled:
     )
     task = await tx.one(
         """SELECT h.nanocredits, t.mode, t.state, t.callback_url, s.charged, s.absorbed,
-            k.meter_id, h.day
+            k.meter_id, h.key_id, h.day
         FROM tasks t JOIN holds h ON h.task_id = t.id
         LEFT JOIN settlements s ON s.task_id = t.id
         LEFT JOIN keys k ON k.id = h.key_id AND k.counted = 1 WHERE t.id = $1""",
@@ -477,7 +477,7 @@ async def finish_task(tx: Transaction, end: TaskEnd) -> Settled:
     )
     if task is None or account is None:
         raise NotFoundError(f"there is no task {end.task_id!r}")
-    held, mode, state, callback_url, charged, absorbed, meter, day = task
+    held, mode, state, callback_url, charged, absorbed, meter, key_id, day = task
     if charged is not None:
         return Settled(charged, absorbed)
     after, settled = settle(Balance(*account[1:]), held, end.due_nanocredits)
@@ -486,14 +486,16 @@ async def finish_task(tx: Transaction, end: TaskEnd) -> Settled:
     _, _, closed, *_ = await tx.changes(
         (
             """INSERT INTO settlements
-                (task_id, due, charged, absorbed, usage_source, created_ms)
-            VALUES ($1, $2, $3, $4, $5, $6)""",
+                (task_id, due, charged, absorbed, usage_source, created_ms, key_id, day)
+            VALUES ($1, $2, $3, $4, $5, $6, $7, $8)""",
             end.task_id,
             end.due_nanocredits,
             settled.charged,
             settled.absorbed,
             end.usage_source,
             end.finished_ms,
+            key_id,
+            day,
         ),
         (
             """UPDATE accounts SET posted = $2, held = $3, spent = $4,
