@@ -233,7 +233,9 @@ class Generate:
 
         Raises:
             GatewayError: as ``check_route``; nothing was held.
-            InsufficientCreditsError: it is not there; nothing was held.
+            InsufficientCreditsError: it is not there, or not in a budget of the key;
+                nothing was held.
+            RateLimitedError: as many tasks of the key are in flight as may.
             IdempotencyConflictError: the key stands for another request.
             QueueFullError: as many tasks wait as may wait.
             ServiceUnavailableError: the store cannot be written.

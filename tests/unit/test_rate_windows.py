@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import accumulate
 
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gateway.core.limits import MINUTE_S, Minute, taken
@@ -15,6 +15,7 @@ STEPS_MS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(limit=st.integers(1, 20), steps_ms=STEPS_MS)
 @example(limit=1, steps_ms=[999, 59_001, 0])
 def test_in_no_minute_more_than_the_limit_and_in_each_as_many_as_asked_for(
@@ -34,6 +35,7 @@ def test_in_no_minute_more_than_the_limit_and_in_each_as_many_as_asked_for(
         passed[second] += rate.allowed
 
 
+@settings(deadline=None)
 @given(limit=st.integers(1, 20), steps_ms=STEPS_MS)
 def test_who_waits_as_long_as_was_said_is_let_through(
     limit: int, steps_ms: list[int]
@@ -47,6 +49,7 @@ def test_who_waits_as_long_as_was_said_is_let_through(
             assert later.allowed
 
 
+@settings(deadline=None)
 @given(limit=st.integers(1, 5), back_ms=st.integers(0, 10**9))
 def test_a_clock_that_is_set_back_locks_nobody_out(limit: int, back_ms: int) -> None:
     minute, now_ms = Minute(), 10**12

@@ -444,6 +444,18 @@ def test_a_literal_secret_is_refused_and_not_repeated(tmp_path: Path) -> None:
     assert "literal" not in " ".join(said)
 
 
+def test_trusted_proxies_are_networks(tmp_path: Path) -> None:
+    networks = '[server]\ntrusted_proxies = ["10.0.0.0/8", "fd00::1"]\n' + UPSTREAM
+    wrong = networks.replace("fd00::1", "10.0.0.1/8")
+
+    assert [str(n) for n in load(tmp_path, networks).server.trusted_proxies] == [
+        "10.0.0.0/8",
+        "fd00::1/128",
+    ]
+    (said,) = problems(tmp_path, wrong)
+    assert "server.trusted_proxies[1]: is no network" in said
+
+
 def test_a_missing_credential_leaves_out_or_stops(tmp_path: Path) -> None:
     needs = UPSTREAM.replace(OFFER, 'credential = "env:NOWHERE"' + OFFER)
     spare = needs.replace('"one"', '"two"').replace(
