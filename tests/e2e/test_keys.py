@@ -14,6 +14,8 @@ import pytest
 
 from gateway.core.keys import key_from
 from tests.e2e.gateways import ADMIN_KEY, LiveGateway
+from tests.e2e.test_postgres import config_in
+from tests.servers import RedisServer
 
 KEYS = "/admin/v1/keys"
 POST = "/v1/images/generations"
@@ -420,3 +422,42 @@ def test_without_an_admin_key_admin_routes_are_off_and_the_log_says_so(
 
     assert (refused.status_code, code_of(refused)) == (404, "admin_disabled")
     assert any("admin_routes_off" in line for line in gateway.logs)
+
+
+def test_gateways_over_one_database_and_one_redis_count_together(
+    tmp_path: Path, redis: RedisServer
+) -> None:
+    env = {"IMAGEWAY__STORAGE__REDIS": redis.url}
+    config = config_in(tmp_path)
+    one = LiveGateway(tmp_path / "one", config=config, env=env)
+    two = LiveGateway(tmp_path / "two", config=config, env=env)
+    with one, two, one.client(ADMIN_KEY) as admin, ThreadPoolExecutor(16) as crowd:
+        one.cli("tenants", "create", "acme", "--credits", "1000")
+        often, rich = made(admin, requests_per_minute=30), made(admin)
+        with one.client(rich["key"]) as client:
+            price = client.post("/v1/estimate", json=BODY).json()["credits_reserved"]
+        poor = made(admin, total_credits=f"{7 * price:.9f}")
+
+        def ask(secret: str, number: int) -> tuple[int, str | None]:
+            with (one, two)[number % 2].client(secret) as client:
+                answer = client.post(POST, json=BODY, headers=LATER)
+                return answer.status_code, code_of(answer)
+
+        rated = Counter(crowd.map(ask, [often["key"]] * 80, range(80)))
+        for gateway in (one, two):
+            # Nothing is settled, so that nothing is given back, before all have asked.
+            gateway.sandbox("sandbox", latency_ms=20_000)
+        paid = Counter(crowd.map(ask, [poor["key"]] * 60, range(60)))
+        admin.post(f"{KEYS}/{rich['key_id']}/revoke")
+        while ask(rich["key"], 1) != (401, "key_disabled"):
+            pass
+        drifts = one.audit()["drifts"]
+        for gateway in (one, two):
+            gateway.kill()
+
+    # Apart they would let 60 through. A Redis that does not answer within 50 ms, on a
+    # machine this busy, leaves a request to its process.
+    assert 20 <= rated[200, None] <= 45
+    assert rated.keys() == {(200, None), (429, "rate_limit_exceeded")}
+    assert paid == {(200, None): 7, (402, "insufficient_token_quota"): 53}
+    assert drifts == []
