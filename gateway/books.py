@@ -23,6 +23,7 @@ from gateway.adapters.sql.ledger import SqlLedger
 from gateway.adapters.sql.migrations import MIGRATIONS, SchemaTooNewError, migrate
 from gateway.adapters.sql.processes import SqlProcesses
 from gateway.adapters.sql.queue import SqlQueue
+from gateway.adapters.sql.reloads import SqlReloads
 from gateway.adapters.sql.sqlite import SqliteDatabase
 from gateway.adapters.sql.tasks import SqlTaskStore
 from gateway.core.errors import GatewayError, upstream_not_found
@@ -33,6 +34,8 @@ from gateway.core.preferences import routing_from_text
 from gateway.core.routing import Preferences
 from gateway.flows.credits import ManageTenants
 from gateway.flows.keys import ManageKeys, NewKey
+from gateway.flows.recovery import LOST_AFTER_MS
+from gateway.flows.reload import Asked, AskToReload
 from gateway.flows.tasks import ManageTasks, ReadTask, TaskView
 from gateway.flows.webhooks import ManageWebhooks
 from gateway.ports import AuditReport, BlobStore
@@ -87,6 +90,7 @@ class Books:
     files: SqlFiles
     outbox: SqlOutbox
     drains: SqlDrains
+    reloads: SqlReloads
     tenants: ManageTenants
     keys: ManageKeys
     webhooks: ManageWebhooks
@@ -94,6 +98,8 @@ class Books:
     secret: bytes
     upstream_names: tuple[str, ...]
     storage: Storage
+    announce: Callable[[Notice], Awaitable[None]]
+    """Tells running gateways, as far as they can be reached; it never fails."""
 
     def shelves(self, emit: Callable[[Event], None] = lambda _: None) -> Shelves:
         """Open the store of pictures; ``emit`` is told when it goes away or is back."""
@@ -120,6 +126,11 @@ class Books:
             await self.drains.drain(name, now_ms=SystemClock().now_ms())
         else:
             await self.drains.enable(name)
+
+    async def ask_to_reload(self, wait_max_s: float) -> Asked:
+        """Have running gateways read their configuration again; waits for them."""
+        ask = AskToReload(self.reloads, SystemClock(), self.announce)
+        return await ask(alive_ms=LOST_AFTER_MS, wait_max_s=wait_max_s)
 
     async def cancel(self, task_id: str) -> TaskView:
         """Cancel an async task of any tenant; the running gateway notices.
@@ -254,7 +265,7 @@ async def open_books(
     try:
         applied = await migrate(database, now_ms=clock.now_ms())
         accounts, ledger = SqlAccounts(database), SqlLedger(database)
-        outbox = SqlOutbox(database)
+        outbox, announce = SqlOutbox(database), _announcer(settings)
         yield Books(
             database=database,
             migrations_applied=applied,
@@ -266,15 +277,15 @@ async def open_books(
             files=SqlFiles(database),
             outbox=outbox,
             drains=SqlDrains(database),
+            reloads=SqlReloads(database),
             tenants=ManageTenants(accounts, ledger, clock, chance),
-            keys=ManageKeys(
-                accounts, clock, chance, secret, announce=_announcer(settings)
-            ),
+            keys=ManageKeys(accounts, clock, chance, secret, announce=announce),
             webhooks=ManageWebhooks(outbox, accounts, clock, secret),
             data_dir=data_dir,
             secret=secret,
             upstream_names=tuple(upstream.name for upstream in settings.upstreams),
             storage=settings.storage,
+            announce=announce,
         )
     except SchemaTooNewError as error:
         raise StartError(str(error)) from error

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gateway.generating import generate, show_estimate
-from gateway.steering import routes, upstreams
+from gateway.steering import reload, routes, upstreams
 from gateway.terminal import (
     EXIT_FAILED,
     fail,
     listed,
     one_line_errors,
+    overrides,
     print_json,
     read_settings,
     request_body,
@@ -28,6 +29,8 @@ from gateway.terminal import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gateway.books import Books
     from gateway.settings import Settings
 
@@ -54,13 +57,24 @@ def serve(
     from gateway import serving
 
     with one_line_errors(), asyncio.Runner(loop_factory=serving.event_loop) as runner:
-        runner.run(_serve(settings))
+        runner.run(_serve(settings, _reader(config, data_dir, more)))
 
 
-async def _serve(settings: Settings) -> None:
+def _reader(
+    config: Path | None, data_dir: Path | None, more: dict[str, str | None]
+) -> Callable[[], Settings]:
+    def read_again() -> Settings:
+        from gateway import app
+
+        return app.read_settings(config, overrides(data_dir, more))
+
+    return read_again
+
+
+async def _serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
     from gateway import app, serving
 
-    async with app.started(settings) as (gateway, listening, first_key):
+    async with app.started(settings, read_again) as (gateway, listening, first_key):
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         url = settings.server.public_url or f"http://{shown}:{port}"
@@ -507,7 +521,7 @@ def estimate(
     show_estimate(app.as_json(priced), as_json=as_json)
 
 
-for _command in (generate, routes, upstreams):
+for _command in (generate, reload, routes, upstreams):
     main.add_command(_command)
 
 

@@ -3,7 +3,8 @@
 SIGTERM: not ready any more, no further task is taken, those that wait for jobs are let
 go; requests are still taken for a while, for whoever balances load does not know yet.
 Then the port is closed and what is under way ends, up to one deadline for all. SIGINT
-does not wait, and a second signal ends everything at once.
+does not wait, and a second signal ends everything at once. SIGHUP has the
+configuration read again, unless it is the terminal that is gone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -68,6 +70,10 @@ class Served(Protocol):
     @property
     def leaving_s(self) -> float:
         """How long requests are still taken by then."""
+        ...
+
+    def reload_soon(self) -> None:
+        """Have the configuration read again; returns at once."""
         ...
 
     async def run(self) -> None:
@@ -197,6 +203,13 @@ class _Server(uvicorn.Server):
         self._leave(wait_s)
         asyncio.get_running_loop().call_later(wait_s, super().handle_exit, sig, frame)
 
+    def _on_hang_up(self, had_terminal: bool) -> None:  # noqa: FBT001 - a callback
+        # A window that is closed sends the same signal: nobody could end it any more.
+        if had_terminal and not os.isatty(0):
+            self.handle_exit(signal.SIGTERM, None)
+        else:
+            self._gateway.reload_soon()
+
     def _leave(self, wait_s: float) -> asyncio.Future[None]:
         self._gateway.leaving.begun = True
         now_s = asyncio.get_running_loop().time()
@@ -226,4 +239,5 @@ class _Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.handle_exit, number, None)
+        loop.add_signal_handler(signal.SIGHUP, self._on_hang_up, os.isatty(0))
         yield

@@ -21,6 +21,7 @@ from prometheus_client import (
 from gateway.core.events import (
     AttemptFinished,
     BreakerChanged,
+    ConfigRead,
     Event,
     HoldRefused,
     Journaled,
@@ -105,13 +106,13 @@ class Metrics:
             registry=self.registry,
         )
         self._shedding: Callable[..., Gauge] = cache(shedding.labels)
-        state = Gauge(
+        self._states = Gauge(
             "imageway_breaker_state",
             "1 for the state that the breaker is in.",
             ("offer", "state"),
             registry=self.registry,
         )
-        self._state: Callable[..., Gauge] = cache(state.labels)
+        self._state: Callable[..., Gauge] = cache(self._states.labels)
         self._opened = counter("breaker_openings", "Breakers opened.", "offer")
         drained = Gauge(
             "imageway_upstream_drained",
@@ -130,6 +131,30 @@ class Metrics:
             "1 while each process decides alone because Redis is out of reach.",
             registry=self.registry,
         )
+        self._reload_ok = Gauge(
+            "imageway_config_last_reload_successful",
+            "0 while an older configuration goes on because the last was refused.",
+            registry=self.registry,
+        )
+        self._reload_ok.set(1)
+        self._reload_at = Gauge(
+            "imageway_config_last_reload_success_timestamp_seconds",
+            "When the configuration in use was read.",
+            registry=self.registry,
+        )
+        self._reload_at.set_to_current_time()
+        self._line = Gauge(
+            "imageway_waiting",
+            "Sync requests let in that have no slot yet.",
+            ("variant",),
+            registry=self.registry,
+        )
+        self._lag = Gauge(
+            "imageway_event_loop_lag_seconds",
+            "How late the event loop is, over the last second.",
+            registry=self.registry,
+        )
+        self._offers: frozenset[str] = frozenset()
         self.drift = Gauge(
             "imageway_ledger_drift_nanocredits",
             "Sum of all drift that the last audit found; must be 0.",
@@ -161,20 +186,9 @@ class Metrics:
         lag_ms: Callable[[], float],
     ) -> None:
         """Show who waits for a slot, and how late the event loop is."""
-        line = Gauge(
-            "imageway_waiting",
-            "Sync requests let in that have no slot yet.",
-            ("variant",),
-            registry=self.registry,
-        )
         for variant in variants:
-            line.labels(variant).set_function(partial(waiting, variant))
-        lag = Gauge(
-            "imageway_event_loop_lag_seconds",
-            "How late the event loop is, over the last second.",
-            registry=self.registry,
-        )
-        lag.set_function(lambda: lag_ms() / 1000)
+            self._line.labels(variant).set_function(partial(waiting, variant))
+        self._lag.set_function(lambda: lag_ms() / 1000)
 
     def watch_fleet(self, processes: Callable[[], int]) -> None:
         """Show how many processes share the upstreams' slots."""
@@ -186,7 +200,16 @@ class Metrics:
         fleet.set_function(processes)
 
     def known(self, offer_ids: list[str], variants: list[str]) -> None:
-        """Show every offer and variant from the start, at zero."""
+        """Show every offer and variant from the start, at zero.
+
+        Of offers that were known before and are not among them no state is shown.
+        """
+        gone, self._offers = self._offers.difference(offer_ids), frozenset(offer_ids)
+        for offer_id in gone:
+            for each in STATES:
+                self._states.remove(offer_id, each)
+        if gone:
+            self._state = cache(self._states.labels)
         for offer_id in offer_ids:
             self._show_state(offer_id, "closed")
             self._drained(offer_id.partition("/")[0])
@@ -207,7 +230,7 @@ class Metrics:
                 self._on_breaker(event)
             case UpstreamChanged() | SharedStateChanged():
                 self._on_change(event)
-            case StoreChanged() | WebhookTried():
+            case StoreChanged() | WebhookTried() | ConfigRead():
                 self._on_other(event)
             case HoldRefused() | RequestShed() | PressureChanged() | Journaled():
                 self._on_pressure(event)
@@ -216,11 +239,16 @@ class Metrics:
         """Write all metrics in Prometheus' text format; with its media type."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
-    def _on_other(self, event: StoreChanged | WebhookTried) -> None:
-        if isinstance(event, StoreChanged):
-            self._store_away.set(event.state == "away")
-        else:
-            self._webhooks(event.outcome).inc()
+    def _on_other(self, event: StoreChanged | WebhookTried | ConfigRead) -> None:
+        match event:
+            case StoreChanged():
+                self._store_away.set(event.state == "away")
+            case WebhookTried():
+                self._webhooks(event.outcome).inc()
+            case ConfigRead():
+                self._reload_ok.set(event.outcome != "refused")
+                if event.outcome == "reloaded":
+                    self._reload_at.set_to_current_time()
 
     def _on_breaker(self, event: BreakerChanged) -> None:
         self._show_state(event.offer_id, event.state)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.adapters.logs import LogListener
-from gateway.app import build_gateway, reach_outside, read_settings
+from gateway.app import build_gateway, read_settings
 from gateway.books import open_books
 from gateway.core.requests import parse_generation
 from gateway.flows.generate import Accepted, Later
@@ -116,8 +116,7 @@ async def opened(
     """Put tasks of a tenant into the queue, as the API does; returns their ids."""
     settings = read_settings(config, {"storage.data_dir": str(data_dir)})
     async with open_books(settings) as books:
-        outside = reach_outside(settings)
-        gateway = build_gateway(settings, books, LogListener(), outside)
+        gateway = build_gateway(settings, books, LogListener())
         generate = gateway.runner.generate
         tenant = await books.accounts.tenant_named(tenant_name)
         assert tenant is not None

@@ -299,6 +299,19 @@ MIGRATIONS = (
             "ALTER TABLE tasks ADD COLUMN owner TEXT",
         ),
     ),
+    Migration(
+        statements=(
+            # How often all processes were asked to read their configuration again, and
+            # how far each of them is.
+            """CREATE TABLE reloads (
+                id BIGINT PRIMARY KEY CHECK (id = 1),
+                asked BIGINT NOT NULL
+            )""",
+            "INSERT INTO reloads (id, asked) VALUES (1, 0)",
+            "ALTER TABLE processes ADD COLUMN reload_heeded BIGINT",
+            "ALTER TABLE processes ADD COLUMN reload_problem TEXT",
+        ),
+    ),
 )
 """Step n of the schema stands at n - 1."""
 
