@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from gateway.adapters.blobs import DiskBlobs
 from gateway.adapters.clock import SystemChance, SystemClock
-from gateway.adapters.data_dir import DataDir, DataDirError
+from gateway.adapters.data_dir import DataDir, DataDirError, Seat
 from gateway.adapters.sql.accounts import SqlAccounts
 from gateway.adapters.sql.database import Database
 from gateway.adapters.sql.deliveries import SqlOutbox
@@ -218,6 +219,13 @@ def check_storage(settings: Settings) -> None:
             raise StartError(f"storage.redis: {error}") from error
 
 
+def warnings_of(settings: Settings) -> tuple[str, ...]:
+    """Tell all that an operator should look at, as of today."""
+    now_s = SystemClock().now_ms() / 1000
+    today = datetime.fromtimestamp(now_s, UTC).date().isoformat()
+    return settings.warnings + settings.aging(today)
+
+
 def _announcer(settings: Settings) -> Callable[[Notice], Awaitable[None]]:
     # For what changes while gateways run. One that is not reached notices by itself.
     async def announce(notice: Notice) -> None:
@@ -233,13 +241,18 @@ def _announcer(settings: Settings) -> Callable[[Notice], Awaitable[None]]:
 
 @asynccontextmanager
 async def open_books(
-    settings: Settings, *, alone: bool = False, new: bool = True
+    settings: Settings,
+    *,
+    alone: bool = False,
+    new: bool = True,
+    seat: Seat | None = None,
 ) -> AsyncIterator[Books]:
     """Open the store, and bring its schema up to date.
 
     Args:
         settings: says where.
         alone: take the data folder for this process first; for what serves.
+        seat: of this process, where several share the folder.
         new: whether it may be made; False refuses a folder without a database.
 
     Raises:
@@ -247,7 +260,7 @@ async def open_books(
     """
     check_storage(settings)
     clock, chance = SystemClock(), SystemChance()
-    data_dir = DataDir(settings.storage.data_dir)
+    data_dir = DataDir(settings.storage.data_dir, seat)
     embedded = settings.storage.database == SQLITE
     if embedded and not new and not data_dir.database.exists():
         raise StartError(

@@ -24,12 +24,14 @@ import uvicorn
 import uvloop
 from litestar.types import ASGIApp
 
+from gateway.adapters.data_dir import Seat
 from gateway.books import StartError
 
 DRAIN_MAX_S = 180.0
 """From when the port is closed until nobody is waited for any more."""
 KEEP_ALIVE_S = 75
 BACKLOG = 2048
+READY = b"ready"
 WATCHED_MS = 60_000
 """Whoever asked for readiness within that time will see that it ends."""
 
@@ -52,6 +54,35 @@ class Leaving:
         """Whether readiness was asked for lately."""
         asked_ms = self._asked_ms
         return asked_ms is not None and self.now_ms() - asked_ms <= WATCHED_MS
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one of several processes serves: its seat, and the port they share.
+
+    ``tie`` is closed at the other end when whoever started it is gone.
+    """
+
+    seat: Seat
+    listening: socket.socket
+    tie: socket.socket
+
+    @classmethod
+    def taken(cls, number: int, of: int, listening: int, tie: int) -> Place:
+        """Take over what was handed down as numbers of open files."""
+        shared = socket.socket(fileno=listening)
+        return cls(Seat(number, of), shared, socket.socket(fileno=tie))
+
+    def ready(self) -> None:
+        """Say that requests are answered, and from now on leave when left alone."""
+        self.tie.setblocking(False)  # noqa: FBT003 - socket's own
+        with contextlib.suppress(OSError):
+            self.tie.send(READY)
+        asyncio.get_running_loop().add_reader(self.tie.fileno(), self._left_alone)
+
+    def _left_alone(self) -> None:
+        asyncio.get_running_loop().remove_reader(self.tie.fileno())
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Served(Protocol):
@@ -91,6 +122,11 @@ class Served(Protocol):
     async def close(self) -> None:
         """Give everything back; what still goes on is lost."""
         ...
+
+
+def is_abandoned(*, had_terminal: bool) -> bool:
+    """Tell whether SIGHUP means that the terminal is gone: nobody could end it then."""
+    return had_terminal and not os.isatty(0)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -204,8 +240,7 @@ class _Server(uvicorn.Server):
         asyncio.get_running_loop().call_later(wait_s, super().handle_exit, sig, frame)
 
     def _on_hang_up(self, had_terminal: bool) -> None:  # noqa: FBT001 - a callback
-        # A window that is closed sends the same signal: nobody could end it any more.
-        if had_terminal and not os.isatty(0):
+        if is_abandoned(had_terminal=had_terminal):
             self.handle_exit(signal.SIGTERM, None)
         else:
             self._gateway.reload_soon()

@@ -14,7 +14,6 @@ from gateway.app.offline import (
     probed,
     probed_store,
     route_of,
-    warnings_of,
 )
 from gateway.app.running import Gateway, build_gateway, started
 
@@ -32,5 +31,4 @@ __all__ = [
     "route_of",
     "routed",
     "started",
-    "warnings_of",
 ]

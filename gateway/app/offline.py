@@ -37,11 +37,6 @@ def checked_catalogue(settings: Settings) -> Catalogue:
     return catalogue
 
 
-def warnings_of(settings: Settings) -> tuple[str, ...]:
-    """Tell all that an operator should look at, as of today."""
-    return settings.warnings + settings.aging(_today())
-
-
 def _today() -> str:
     moment = datetime.fromtimestamp(SystemClock().now_ms() / 1000, UTC)
     return moment.date().isoformat()

@@ -15,7 +15,12 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 from gateway.adapters.logs import LogListener
 from gateway.api.front import Front
 from gateway.app.edition import Around, Edition, build_edition
-from gateway.app.standing import Chore, Standing, build_standing
+from gateway.app.standing import (
+    Chore,
+    Standing,
+    build_standing,
+    replay_left_behind,
+)
 from gateway.books import Books, StartError, first_run, open_books
 from gateway.core.catalogue import Catalogue
 from gateway.core.errors import ConfigRefusedError
@@ -26,7 +31,7 @@ from gateway.flows.recovery import BEAT_EVERY_S
 from gateway.flows.reload import LOOK_EVERY_S, ReloadConfig, Swapped
 from gateway.flows.webhooks import DeliverWebhooks
 from gateway.ports import Clock
-from gateway.serving import Leaving, listen
+from gateway.serving import Leaving, Place, listen
 from gateway.settings import ConfigError, Settings
 from gateway.workers import Loops, TaskRunner, Worker
 from providers.kit.spool import SpoolFolder
@@ -355,28 +360,32 @@ def build_gateway(
 
 @asynccontextmanager
 async def started(
-    settings: Settings, read_again: ReadAgain
+    settings: Settings, read_again: ReadAgain, place: Place | None = None
 ) -> AsyncIterator[tuple[Gateway, socket.socket, str | None]]:
     """Bring a gateway to where it can serve; also gives the first key, if new.
 
-    What a dead process left open is closed before the first request is taken.
+    What a dead process left open is closed before the first request is taken. Without
+    a ``place`` the process is the only one of its data folder, and takes the port.
 
     Raises:
         StartError: it cannot start.
     """
     log = LogListener()
-    listening = listen(settings.server.host, settings.server.port)
-    async with open_books(settings, alone=True) as books:
+    if place is None:
+        listening, seat = listen(settings.server.host, settings.server.port), None
+    else:
+        listening, seat = place.listening, place.seat
+    async with open_books(settings, alone=True, seat=seat) as books:
         # Only now: commands run beside a live gateway and its spools.
         swept = SpoolFolder(books.data_dir.spool).sweep()
         gateway = build_gateway(settings, books, log, read_again=read_again)
         standing = gateway.standing
         # Before anybody looks for tasks that were left open.
-        replayed = await standing.tasks.replay()
+        replayed = await replay_left_behind(standing) + await standing.tasks.replay()
         alone = books.database.single_process
         recovered = await standing.recovery.after_start(alone=alone)
         taken_over = await books.queue.reclaim() if alone else 0
-        first = await first_run(books)
+        first = await first_run(books) if place is None else None
         await standing.audit()
         await gateway.reload.begin()
         await gateway.edition.upstreams.refresh()

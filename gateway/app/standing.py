@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from gateway.adapters.clock import SystemChance, SystemClock
 from gateway.adapters.convert import PillowStudio
+from gateway.adapters.data_dir import DataDirError
 from gateway.adapters.events import FanOut
 from gateway.adapters.hot_memory import Alone, MemoryBoard
 from gateway.adapters.journal import DiskJournal, UnreadableError
@@ -41,6 +42,7 @@ SWEEP_EVERY_S = 60.0
 EXPIRE_EVERY_S = 900.0
 AUDIT_EVERY_S = 3600.0
 TRIM_EVERY_S = 2.0
+SAMPLE_EVERY_S = 1.0
 TASK_KEPT_MS = 30 * 24 * 3600 * 1000
 FORGET_AT_ONCE = 200
 RESULT_GRACE_MS = 1_800_000
@@ -102,6 +104,7 @@ class Standing:
             "expired results": (EXPIRE_EVERY_S, self._expire),
             "audit": (AUDIT_EVERY_S, self.audit),
             "free memory": (TRIM_EVERY_S, trimmed),
+            "what others show": (SAMPLE_EVERY_S, self.metrics.sample),
         }
 
     async def _expire(self) -> None:
@@ -175,6 +178,31 @@ def _fleet(
 
     guard = Guard(opener(settings.storage.redis), events)
     return RedisFleet(guard, clock, process_id, log.on_crash)
+
+
+async def replay_left_behind(standing: Standing) -> int:
+    """Book what processes kept that are not started any more; returns how much.
+
+    Whoever of them still ends its work books it by itself.
+    """
+    done = 0
+    for folder in standing.books.data_dir.left_behind():
+        if not folder.journal.is_dir():
+            continue
+        try:
+            taken = folder.lock()
+        except DataDirError:
+            continue
+        try:
+            journal = DiskJournal.open(folder.journal)
+            events = standing.events
+            left = JournaledTasks(standing.books.tasks, journal, standing.clock, events)
+            done += await left.replay()
+        except UnreadableError as error:
+            raise StartError(str(error)) from error
+        finally:
+            os.close(taken)
+    return done
 
 
 def _journaled(

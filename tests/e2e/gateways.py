@@ -75,6 +75,7 @@ class LiveGateway:
     logs: list[str] = field(default_factory=list)
     log_file: Path | None = None
     module: str = "gateway"
+    workers: int = 1
     _process: subprocess.Popen[str] | None = None
     _collector: threading.Thread | None = None
 
@@ -90,6 +91,8 @@ class LiveGateway:
         options = ["--port", "0", "--data-dir", str(self.data_dir)]
         if self.config is not None:
             options += ["--config", str(self.config)]
+        if self.workers > 1:
+            options += ["--workers", str(self.workers)]
         run = [sys.executable, "-m", self.module, "serve", *options]
         if self.log_file is not None:
             run = ["sh", "-c", f'exec "$@" 2>{self.log_file}', "sh", *run]
