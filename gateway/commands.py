@@ -68,6 +68,9 @@ def serve(
     seat: tuple[int, int, int, int] | None,
 ) -> None:
     """Run the gateway until SIGTERM or Ctrl-C; SIGHUP reads the config again."""
+    from gateway import serving
+
+    serving.hear_no_hang_up_yet()
     more = {"server.host": host, "server.port": None if port is None else str(port)}
     if workers > 1:
         settings = read_settings(config, data_dir, more, adapters=False)
@@ -76,8 +79,6 @@ def serve(
         return
     settings = read_settings(config, data_dir, more)
     read_again = _reader(config, data_dir, more)
-    from gateway import serving
-
     with one_line_errors(), asyncio.Runner(loop_factory=serving.event_loop) as runner:
         if seat is None:
             runner.run(_serve(settings, read_again))

@@ -124,6 +124,12 @@ class Served(Protocol):
         ...
 
 
+def hear_no_hang_up_yet() -> None:
+    """Let SIGHUP not end a process that is still starting: its config was just read."""
+    if not os.isatty(0):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
 def is_abandoned(*, had_terminal: bool) -> bool:
     """Tell whether SIGHUP means that the terminal is gone: nobody could end it then."""
     return had_terminal and not os.isatty(0)

@@ -45,6 +45,7 @@ class _Process:
     running: asyncio.subprocess.Process
     tie: socket.socket
     since_s: float
+    ready: bool = False
 
 
 @dataclass(slots=True)
@@ -133,6 +134,7 @@ class Supervisor:
         if said != READY and not self._leaving:
             self._send(running, signal.SIGKILL)
             raise StartError(f"worker {number} did not start; its last lines say why")
+        self._processes[number].ready = True
 
     async def _end(self) -> None:
         # After an error: nobody must be left behind.
@@ -153,7 +155,7 @@ class Supervisor:
             return
         # One of them asks all others.
         for process in self._processes.values():
-            if process.running.returncode is None:
+            if process.ready and process.running.returncode is None:
                 self._send(process.running, signal.SIGHUP)
                 return
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from gateway.app.standing import (
 )
 from gateway.books import Books, StartError, first_run, open_books
 from gateway.core.catalogue import Catalogue
-from gateway.core.errors import ConfigRefusedError
+from gateway.core.errors import ConfigRefusedError, ServiceUnavailableError
 from gateway.core.fleet import Notice, Topic
 from gateway.core.pressure import LAG_EVERY_MS
 from gateway.flows.journal import REPLAY_EVERY_S
@@ -48,6 +48,7 @@ RETIRED_MAX_EDITIONS = 8
 SWEEP_EVERY_S = 60.0
 ONLY_AT_START = ("host", "port", "secret")
 """Of the section server; all of the section storage is."""
+LEAVING = "the process is about to stop"
 DERIVED = frozenset({"warnings", "files"})
 """What of the settings says nothing of its own."""
 
@@ -197,7 +198,11 @@ class Gateway:
             )
         except StartError as error:
             raise ConfigRefusedError([str(error)]) from error
-        await edition.upstreams.refresh()
+        with suppress(ServiceUnavailableError):  # the next look may do
+            await edition.upstreams.refresh()
+        if self.leaving.begun:
+            await edition.close()
+            raise ConfigRefusedError([LEAVING])
         self._retired.append(before)
         self.begin(edition)
         self.deliver.sender = edition.outside.sender
@@ -214,6 +219,8 @@ class Gateway:
         return Swapped(changed, settings.warnings)
 
     async def _checked(self, before: Settings) -> Settings:
+        if self.leaving.begun:
+            raise ConfigRefusedError([LEAVING])
         if len(self._retired) >= RETIRED_MAX_EDITIONS:
             problem = (
                 f"work by {len(self._retired)} configurations before this one has not "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from gateway.core.errors import ConfigRefusedError, GatewayError
@@ -79,7 +80,8 @@ class ReloadConfig:
             raise
         finally:
             kept = problem[:PROBLEM_MAX_CHARS] or None
-            await self.reloads.note(self.process_id, self._heeded, kept)
+            with suppress(GatewayError):  # it was done all the same
+                await self.reloads.note(self.process_id, self._heeded, kept)
         return swapped
 
     async def _swapped(self) -> Swapped:

@@ -281,6 +281,26 @@ def test_reloads_one_after_the_other_lose_no_request(gateway: LiveGateway) -> No
     assert gateway.audit()["clean"]
 
 
+def test_a_hang_up_signal_while_it_starts_ends_nothing(tmp_path: Path) -> None:
+    options = ["--port", "0", "--data-dir", str(tmp_path)]
+    starting = subprocess.Popen(
+        [*COMMAND, "serve", *options],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+    )
+    until((tmp_path / "imageway.db").exists, "the database, long before it serves")
+    starting.send_signal(signal.SIGHUP)
+
+    assert starting.stdout is not None
+    try:
+        assert b"runs at" in starting.stdout.readline()
+    finally:
+        starting.terminate()
+        starting.communicate(timeout=SEEN_MAX_S)
+
+
 def test_a_terminal_that_is_gone_ends_the_gateway_instead(tmp_path: Path) -> None:
     ours, its = pty.openpty()
     options = ["--port", "0", "--data-dir", str(tmp_path)]
