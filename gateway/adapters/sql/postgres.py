@@ -13,7 +13,7 @@ import re
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal, Protocol
@@ -44,6 +44,8 @@ CONNECT_MAX_S = 5.0
 CONNECTION_WAIT_MAX_S = 10.0
 STATEMENT_MAX_S = 60.0
 """An audit of many rows takes that long; nothing else does."""
+RELEASE_MAX_S = 2.0
+"""A connection that does not get over what was given up by then is ended."""
 LOCK_WAIT_MAX_MS = 5_000
 RUNS_MAX = 5
 """How often a transaction is run that another one got in the way of."""
@@ -100,6 +102,7 @@ class PostgresDatabase:
         *,
         connections_max: int = CONNECTIONS_MAX,
         waiting_max: int = WAITING_MAX,
+        statement_max_s: float = STATEMENT_MAX_S,
     ) -> PostgresDatabase:
         """Connect to a database by its ``postgresql://`` URL.
 
@@ -113,7 +116,7 @@ class PostgresDatabase:
                 min_size=1,
                 max_size=connections_max,
                 timeout=CONNECT_MAX_S,
-                command_timeout=STATEMENT_MAX_S,
+                command_timeout=statement_max_s,
                 reset=_keep_as_it_is,
                 server_settings={
                     "application_name": "imageway",
@@ -260,7 +263,9 @@ class PostgresDatabase:
         try:
             yield connection
         finally:
-            await self._pool.release(connection)
+            # One that cannot be used again is ended: what came of it stays the same.
+            with suppress(*_FAILURES):
+                await self._pool.release(connection, timeout=RELEASE_MAX_S)
 
 
 async def _keep_as_it_is(_: object) -> None:
