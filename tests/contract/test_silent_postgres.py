@@ -10,7 +10,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from gateway.adapters.sql.database import Operation, StoreFailedError
+from gateway.adapters.sql.database import (
+    Operation,
+    StoreFailedError,
+    StoreUnknownError,
+)
 from gateway.adapters.sql.postgres import PostgresDatabase
 from tests.servers import postgres_database
 
@@ -101,3 +105,16 @@ async def test_what_is_not_answered_failed_and_the_next_one_is_well(
         await database.write(keep(2))
 
     assert await kept(database) == [2]
+
+
+async def test_a_commit_that_is_not_answered_may_have_been_done(
+    at: tuple[Way, PostgresDatabase],
+) -> None:
+    way, database = at
+    way.cut_at = b"COMMIT;"
+
+    async with asyncio.timeout(MAX_S):
+        with pytest.raises(StoreUnknownError):
+            await database.write(keep(1))
+
+    assert await kept(database) == [1]

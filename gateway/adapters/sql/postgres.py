@@ -240,7 +240,9 @@ class PostgresDatabase:
             except LockNotAvailableError as error:
                 raise _busy() from error
             except _FAILURES as error:
-                if committing and not readonly and _is_gone(connection):
+                # One that does not answer in time may have heard us.
+                lost = isinstance(error, TimeoutError) or _is_gone(connection)
+                if committing and not readonly and lost:
                     raise _unknown() from error
                 raise _failed() from error
             return value
