@@ -118,3 +118,17 @@ async def test_a_commit_that_is_not_answered_may_have_been_done(
             await database.write(keep(1))
 
     assert await kept(database) == [1]
+
+
+async def test_closing_waits_for_no_answer_that_does_not_come() -> None:
+    async with way_to(postgres_database()) as (way, url):
+        database = await PostgresDatabase.open(url)
+        await database.write(lambda tx: tx.run("CREATE TABLE kept (n BIGINT)"))
+        way.cut()
+        write = asyncio.ensure_future(database.write(keep(1), "tenant"))
+        await asyncio.sleep(0)
+
+        async with asyncio.timeout(MAX_S):
+            await database.close()
+            with pytest.raises(StoreFailedError):
+                await write

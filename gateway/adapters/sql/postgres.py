@@ -46,6 +46,8 @@ STATEMENT_MAX_S = 60.0
 """An audit of many rows takes that long; nothing else does."""
 RELEASE_MAX_S = 2.0
 """A connection that does not get over what was given up by then is ended."""
+CLOSE_MAX_S = 5.0
+"""What is waiting by then will not be answered."""
 LOCK_WAIT_MAX_MS = 5_000
 RUNS_MAX = 5
 """How often a transaction is run that another one got in the way of."""
@@ -214,11 +216,16 @@ class PostgresDatabase:
         return await self._run(op, "repeatable_read", readonly=True)
 
     async def close(self) -> None:
-        """See ``Database``."""
-        if self._serving:
-            await asyncio.wait(self._serving)
-        self._closed = True
-        await self._pool.close()
+        """See ``Database``; what is not answered within ``CLOSE_MAX_S`` is cut off."""
+        try:
+            async with asyncio.timeout(CLOSE_MAX_S):
+                if self._serving:
+                    await asyncio.wait(self._serving)
+                self._closed = True
+                await self._pool.close()
+        except TimeoutError:
+            self._closed = True
+            self._pool.terminate()
 
     async def _run(
         self, op: Operation[T], isolation: Isolation, *, readonly: bool
