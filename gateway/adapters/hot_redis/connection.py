@@ -16,7 +16,7 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 
 from gateway.core.events import SharedStateChanged
 from gateway.ports import Events
@@ -29,6 +29,15 @@ PREFIX = "{imageway}:1:"
 CHANNEL = f"{PREFIX}notices"
 SENTINEL_PORT = 26379
 REASON_MAX_CHARS = 200
+UNANSWERED = (
+    RedisError,
+    RedisClusterException,  # no error of the others' kind: no node can be reached
+    OSError,
+    TimeoutError,
+    ValueError,  # these three: what answers there is no Redis
+    TypeError,
+    RecursionError,
+)
 
 Client = Redis | RedisCluster
 Command = tuple[str | int, ...]
@@ -136,7 +145,7 @@ class Guard:
         try:
             async with asyncio.timeout(CONNECT_MAX_S):
                 await client.execute_command("GET", f"{PREFIX}live:none")
-        except (RedisError, OSError, TimeoutError) as error:
+        except UNANSWERED as error:
             await closed(client)
             self._lost(error)
             return False
@@ -149,7 +158,7 @@ class Guard:
         try:
             async with asyncio.timeout(self.call_max_s), self._one_at_a_time:
                 answers = await _answers(client, commands)
-        except (RedisError, OSError, TimeoutError) as error:
+        except UNANSWERED as error:
             self._failures += 1
             if self._failures >= FAILURES_MAX and client is self._client:
                 self._client = None
@@ -187,7 +196,7 @@ async def closed(client: Client | None) -> None:
     pool: Any = getattr(client, "connection_pool", None)
     watchers = getattr(getattr(pool, "sentinel_manager", None), "sentinels", ())
     for each in (client, *watchers):
-        with suppress(RedisError, OSError, TimeoutError):
+        with suppress(*UNANSWERED):
             async with asyncio.timeout(CALL_MAX_S):
                 await each.aclose()
 
@@ -198,7 +207,7 @@ async def publish_once(open_client: Callable[[], Client], text: str) -> bool:
     try:
         async with asyncio.timeout(2 * CONNECT_MAX_S):
             await client.execute_command("PUBLISH", CHANNEL, text)
-    except (RedisError, OSError, TimeoutError):
+    except UNANSWERED:
         return False
     finally:
         await closed(client)

@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-from redis.exceptions import RedisError
 
 from gateway.adapters.hot_redis.connection import (
     CHANNEL,
     PREFIX,
+    UNANSWERED,
     Client,
     Command,
     Guard,
@@ -379,7 +379,7 @@ class RedisFleet:
             client = self.guard.open()
             try:
                 await self._listen(client)
-            except (RedisError, OSError, TimeoutError):
+            except UNANSWERED:
                 pass  # the exchange tells of it
             except Exception as error:  # noqa: BLE001 - a supervisor
                 self.crashed(error, "listening to the fleet")
@@ -406,7 +406,7 @@ class RedisFleet:
                     await pubsub.ping()
                     asked = True
         finally:
-            with suppress(RedisError, OSError):
+            with suppress(*UNANSWERED):
                 await pubsub.aclose()
 
     def _heed_all(self) -> None:
