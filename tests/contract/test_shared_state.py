@@ -125,7 +125,17 @@ def test_a_sentinel_url_says_who_where_and_which_database() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", [f"redis://:{SECRET}@h?db=x", f"redis+sentinel://:{SECRET}@h:1"]
+    "url",
+    [
+        f"redis://:{SECRET}@h?db=x",
+        f"redis+sentinel://:{SECRET}@h:1",
+        f"redis://:{SECRET}/#@h:1",
+        f"redis+cluster://:{SECRET}/#@h:1",
+        f"redis+sentinel://h:{SECRET}/name",
+        f"redis+sentinel://h/name/{SECRET}",
+        f"redis+cluster://h:{SECRET}",
+        "redis+cluster://",
+    ],
 )
 def test_a_url_that_cannot_be_read_is_refused_and_not_repeated(url: str) -> None:
     with pytest.raises(ValueError, match="URL") as refused:

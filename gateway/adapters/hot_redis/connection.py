@@ -50,8 +50,22 @@ def opener(url: str) -> Callable[[], Client]:
     ``redis+sentinel://host:port,host:port/service/database``; ``rediss`` for TLS.
 
     Raises:
-        ValueError: it cannot be read; the message never repeats it.
+        ValueError: it cannot be read; the message never repeats any of it.
     """
+    try:
+        found = _opener(url)
+        found()  # tells now what is wrong with it
+    except (ValueError, RedisClusterException):
+        # Where a password is not written as it has to be, any part may be of it.
+        raise ValueError(
+            "a URL is redis://:password@host:port, redis+cluster://host:port or "
+            "redis+sentinel://host:port,host:port/service; what is special in a "
+            "password is written as %XX"
+        ) from None
+    return found
+
+
+def _opener(url: str) -> Callable[[], Client]:
     parts = urlsplit(url)
     secure = "s" if parts.scheme.startswith("rediss") else ""
     kind = parts.scheme.partition("+")[2]
@@ -66,7 +80,6 @@ def opener(url: str) -> Callable[[], Client]:
     if kind == "cluster":
         plain = f"redis{secure}{url[len(parts.scheme) :]}"
         return lambda: RedisCluster.from_url(plain, **common)
-    Redis.from_url(url, **common)  # tells now what is wrong with it
     return lambda: Redis.from_url(url, **common)
 
 
@@ -77,7 +90,7 @@ def _sentinel(
     user, _, password = credentials.partition(":")
     service, _, database = parts.path.strip("/").partition("/")
     if not service or not places:
-        raise ValueError("a Sentinel URL is redis+sentinel://host:port,host:port/name")
+        raise ValueError("a server's name and Sentinels are missing")
     more = common | {"db": int(database or 0), "ssl": tls}
     if password:
         more |= {"username": unquote(user) or None, "password": unquote(password)}
