@@ -54,6 +54,7 @@ RUNS_MAX = 5
 PAUSE_S = 0.01
 GROUP_MAX = 32
 STATEMENTS_CACHED = 256
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 POSTGRES = Dialect(
     blob="BYTEA",
@@ -335,15 +336,16 @@ class _PostgresTransaction:
         self._connection = connection
 
     async def one(self, sql: str, *params: Value) -> Row | None:
-        rows = await self._connection.fetch(sql, *params)
+        rows = await self._connection.fetch(sql, *_sendable(params))
         assert len(rows) <= 1, sql
         return tuple(rows[0]) if rows else None
 
     async def all(self, sql: str, *params: Value) -> Sequence[Row]:
-        return [tuple(row) for row in await self._connection.fetch(sql, *params)]
+        rows = await self._connection.fetch(sql, *_sendable(params))
+        return [tuple(row) for row in rows]
 
     async def run(self, sql: str, *params: Value) -> int:
-        tag: str = await self._connection.execute(sql, *params)
+        tag: str = await self._connection.execute(sql, *_sendable(params))
         count = tag.rpartition(" ")[2]
         return int(count) if count.isdecimal() else 0
 
@@ -351,7 +353,7 @@ class _PostgresTransaction:
         # One round trip, and as long as it takes the row locks are held.
         sql = _as_one(tuple(change[0] for change in changes))
         params = [param for change in changes for param in change[1:]]
-        (row,) = await self._connection.fetch(sql, *params)
+        (row,) = await self._connection.fetch(sql, *_sendable(params))
         return list(row)
 
     def is_closed(self) -> bool:
@@ -390,6 +392,14 @@ def _as_one(statements: tuple[str, ...]) -> str:
 
 def _moved(sql: str, by: int) -> str:
     return re.sub(r"\$(\d+)", lambda found: f"${int(found[1]) + by}", sql)
+
+
+def _sendable(params: Sequence[Value]) -> list[Value]:
+    # PostgreSQL knows no text with a NUL; upstreams and clients do.
+    return [
+        each.replace("\0", REPLACEMENT) if isinstance(each, str) else each
+        for each in params
+    ]
 
 
 def _typed(error: Exception) -> Exception:
