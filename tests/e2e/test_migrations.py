@@ -71,3 +71,22 @@ def test_an_older_imageway_leaves_a_newer_database_alone(
         assert "schema_too_new" in answer.err
         assert "upgrade imageway" in answer.err
         assert answer.err.count("\n") == 1
+
+
+def test_a_schema_that_cannot_be_changed_is_told_with_the_reason(
+    tmp_path: Path,
+) -> None:
+    where = options("postgres", tmp_path)
+
+    async def taken() -> None:
+        database = await PostgresDatabase.open((tmp_path / "database").read_text())
+        await database.write(lambda tx: tx.run("CREATE TABLE holds (x BIGINT)"))
+        await database.close()
+
+    asyncio.run(taken())
+
+    answer = command("migrate", *where)
+
+    assert answer.code == 1
+    assert 'relation "holds" already exists' in answer.err
+    assert "Nothing was changed" in answer.err

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gateway.adapters.sql.database import Database, Dialect, Transaction
+from gateway.adapters.sql.database import (
+    Database,
+    Dialect,
+    StoreFailedError,
+    Transaction,
+)
 
 
 class SchemaTooNewError(Exception):
@@ -313,7 +318,14 @@ async def migrate(database: Database, *, now_ms: int) -> int:
         StoreFailedError: a step failed; nothing was changed.
     """
     dialect = database.dialect
-    return await database.write(lambda tx: _migrate(tx, dialect, now_ms))
+    try:
+        return await database.write(lambda tx: _migrate(tx, dialect, now_ms))
+    except StoreFailedError as error:
+        # Only an operator reads it, who needs to know what the engine says.
+        raise StoreFailedError(
+            f"cannot bring the schema up to date: {error.__cause__ or error}. "
+            "Nothing was changed."
+        ) from error
 
 
 async def _migrate(tx: Transaction, dialect: Dialect, now_ms: int) -> int:
