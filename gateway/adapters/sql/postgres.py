@@ -426,5 +426,11 @@ def _unknown() -> StoreUnknownError:
 
 
 def _named(error: BaseException) -> str:
-    # asyncpg's own messages name host, user and database, never the password.
+    # asyncpg's own messages name host, user and database, never the password; others
+    # are about a part of the URL, which may be one of a password.
+    if isinstance(error, ValueError) and not isinstance(error, asyncpg.InterfaceError):
+        return (
+            "its URL is not postgresql://user:password@host:port/name; what is special "
+            "in a password is written as %XX"
+        )
     return str(error) or type(error).__name__
