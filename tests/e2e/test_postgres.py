@@ -99,11 +99,14 @@ def test_without_a_secret_of_their_own_they_do_not_start(tmp_path: Path) -> None
     config = config_in(tmp_path)
     config.write_text(config.read_text().replace('secret = "file:secret"', ""))
 
-    done = command("serve", "--config", str(config), "--data-dir", str(tmp_path / "d"))
+    for asked in ("serve", "check"):
+        done = command(
+            asked, "--config", str(config), "--data-dir", str(tmp_path / "d")
+        )
 
-    assert done.code != 0
-    assert "server.secret" in done.err
-    assert "postgresql://" not in done.err + done.out
+        assert done.code != 0
+        assert "server.secret" in done.err
+        assert "postgresql://" not in done.err + done.out
 
 
 @pytest.mark.parametrize("password", ["s3cret/0f#xq", "s3cret:0f/xq", "s3cret?0f@xq"])
