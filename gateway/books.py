@@ -207,9 +207,15 @@ def check_storage(settings: Settings) -> None:
     """See that what the config asks for is there.
 
     Raises:
-        StartError: this version has no such storage.
+        StartError: this version has no such storage, or something it needs is missing.
     """
     storage = settings.storage
+    if storage.database != SQLITE and settings.server.secret is None:
+        raise StartError(
+            "server.secret: must be set where several gateways share a database, to "
+            "the same at least 32 characters for all of them, as env:NAME or "
+            "file:/path: keys and links depend on it."
+        )
     if storage.redis:
         from gateway.adapters.hot_redis.connection import opener  # noqa: PLC0415 - only where it is asked for
 
@@ -327,12 +333,6 @@ async def _open_database(settings: Settings, data_dir: DataDir) -> Database:
 def _secret(settings: Settings, data_dir: DataDir) -> bytes:
     if settings.server.secret is not None:
         return settings.server.secret.encode()
-    if settings.storage.database != SQLITE:
-        raise StartError(
-            "server.secret: must be set where several gateways share a database, to "
-            "the same at least 32 characters for all of them, as env:NAME or "
-            "file:/path: keys and links depend on it."
-        )
     return data_dir.secret()
 
 

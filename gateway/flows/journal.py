@@ -143,17 +143,23 @@ class JournaledTasks:
     async def replay(self) -> int:
         """Book what is in the journal; returns how many entries that were.
 
-        Stops at the first that the store does not take yet.
+        Stops while the store is away. What it refuses waits, with what comes after it
+        for the same task, and keeps no other task waiting.
         """
-        done = 0
+        done, refused = 0, set[str]()
         async with self._replaying:
             if not self.journal.waiting:
                 return 0
             for kept in await self.journal.kept():
+                if kept.entry.task_id in refused:
+                    continue
                 try:
-                    outcome = await self._replayed(kept.entry)
+                    outcome = await self._in_time(self._replayed(kept.entry))
                 except ServiceUnavailableError:
-                    return done
+                    if not await self._is_there():
+                        return done
+                    refused.add(kept.entry.task_id)
+                    continue
                 await self.journal.drop(kept)
                 what = type(kept.entry).__name__
                 self.events.emit(Journaled(kept.entry.task_id, what, outcome))
@@ -177,6 +183,13 @@ class JournaledTasks:
             # Whoever claimed the task since carries it out, and settles it.
             return "taken_over"
         return "booked"
+
+    async def _is_there(self) -> bool:
+        try:
+            await self._in_time(self.store.get(""))
+        except ServiceUnavailableError:
+            return False
+        return True
 
     async def _accept(self, entry: JobAccepted) -> None:
         await self.store.accept_attempt(
