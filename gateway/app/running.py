@@ -393,7 +393,10 @@ async def started(
         recovered = await standing.recovery.after_start(alone=alone)
         taken_over = await books.queue.reclaim() if alone else 0
         first = await first_run(books) if place is None else None
-        await standing.audit()
+        try:
+            await standing.audit()
+        except ServiceUnavailableError as error:
+            log.on_crash(error, "audit")  # it is hourly: no reason not to serve
         await gateway.reload.begin()
         await gateway.edition.upstreams.refresh()
         if standing.shelves.look is not None:

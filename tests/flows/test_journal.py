@@ -6,11 +6,14 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from gateway.core.errors import ServiceUnavailableError
-from gateway.core.ledger import Settled
+import pytest
+
+from gateway.core.errors import OutcomeUnknownError, ServiceUnavailableError
+from gateway.core.events import Journaled
+from gateway.core.ledger import Balance, Settled
 from gateway.flows.journal import WRITE_MAX_S, JournaledTasks
-from gateway.ports import AttemptEnd, JobAccepted, Kept, TaskEnd, TaskRecord
-from tests.contract.stores import an_end
+from gateway.ports import AttemptEnd, JobAccepted, Kept, NewTask, TaskEnd, TaskRecord
+from tests.contract.stores import a_task, an_end
 from tests.fakes import FakeEvents, MemoryStore, StillClock
 
 Entry = JobAccepted | AttemptEnd | TaskEnd
@@ -46,6 +49,12 @@ class Refusing(MemoryStore):
     refused: str = ""
     away: bool = False
     silent: bool = False
+    unsure: bool = False
+    """Whether an opening ends before it is known what became of it."""
+    lost: bool = False
+    """Whether the openings that are not sure are not there."""
+    closed: bool = False
+    """Whether others have closed the task before."""
     finished: list[str] = field(default_factory=list)
 
     async def finish(self, end: TaskEnd) -> Settled:
@@ -53,7 +62,15 @@ class Refusing(MemoryStore):
         if end.task_id == self.refused:
             raise ServiceUnavailableError("not this one")
         self.finished.append(end.task_id)
-        return Settled(end.due_nanocredits)
+        return Settled(0 if self.closed else end.due_nanocredits)
+
+    async def open(self, task: NewTask) -> str | None:
+        await MemoryStore.open(self, task)
+        if self.lost:
+            del self.tasks[task.id]
+        if self.unsure:
+            raise OutcomeUnknownError("cut off")
+        return None
 
     async def get(self, task_id: str) -> TaskRecord | None:
         await self._answer()
@@ -103,3 +120,33 @@ async def test_a_store_that_does_not_answer_is_away() -> None:
         assert await tasks.replay() == 0
 
     assert tasks.journal.waiting == 2
+
+
+async def test_a_task_that_was_written_after_all_is_opened() -> None:
+    store = Refusing(balance=Balance(posted=10**12), unsure=True)
+    tasks = await replaying(store)
+
+    assert await tasks.open(a_task("one")) is None
+
+    assert tasks.journal.waiting == 0
+
+
+async def test_a_task_that_is_not_there_is_closed_when_it_appears_later() -> None:
+    store = Refusing(balance=Balance(posted=10**12), unsure=True, lost=True)
+    tasks = await replaying(store)
+
+    with pytest.raises(OutcomeUnknownError):
+        await tasks.open(a_task("one"))
+
+    assert tasks.journal.knows("one")
+
+
+async def test_a_picture_that_others_gave_up_is_counted_as_a_loss() -> None:
+    events = FakeEvents()
+    store = Refusing(closed=True)
+    tasks = JournaledTasks(store, MemoryJournal(), StillClock(), events)
+
+    settled = await tasks.finish(an_end("one"))
+
+    assert settled.charged == 0
+    assert events.seen == [Journaled("one", "TaskEnd", "too_late")]
