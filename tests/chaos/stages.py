@@ -20,7 +20,7 @@ from gateway.books import open_books
 from gateway.core.requests import parse_generation
 from gateway.flows.generate import Accepted, Later
 from tests.chaos.receivers import ADDRESS, Receiver, receiving
-from tests.e2e.gateways import Answer, command, environment
+from tests.e2e.gateways import Answer, command, environment, in_books, new_tenant
 
 UPSTREAM = """
 [[upstream]]
@@ -163,9 +163,9 @@ def stage(folder: Path, credential: str, *upstreams: At) -> Iterator[Stage]:
         )
         env = {"SSL_CERT_FILE": str(receiver.certificate)}
         set_up = Stage(folder, config, receiver, env)
-        set_up.run("tenants", "create", "acme", "--credits", CREDITS, "--json")
-        made = set_up.run("keys", "create", "--tenant", "acme", "--json").json
-        receiver.secret = made["webhook_secret"]
+        _, receiver.secret = in_books(
+            lambda books: new_tenant(books, "acme", CREDITS), set_up.data_dir, config
+        )
         try:
             yield set_up
         finally:
