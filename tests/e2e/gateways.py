@@ -22,6 +22,7 @@ from gateway.books import Books, open_books
 from gateway.core.money import parse_nano
 from gateway.flows.credits import balance_texts
 from gateway.settings import load_settings
+from tests.e2e.nursery import Child, born
 
 T = TypeVar("T")
 ADMIN_KEY = "admin-key-of-the-tests"
@@ -103,7 +104,10 @@ def configured(folder: Path, config: str, **env: str) -> LiveGateway:
 
 @dataclass
 class LiveGateway:
-    """A gateway process over one data folder; can be killed and started again."""
+    """A gateway process over one data folder; can be killed and started again.
+
+    It is of the nursery, unless it is to be ``fresh``: an interpreter of its own.
+    """
 
     data_dir: Path
     config: Path | None = None
@@ -113,7 +117,8 @@ class LiveGateway:
     logs: list[str] = field(default_factory=list)
     log_file: Path | None = None
     module: str = "gateway"
-    _process: subprocess.Popen[str] | None = None
+    fresh: bool = False
+    _process: subprocess.Popen[str] | Child | None = None
     _collector: threading.Thread | None = None
 
     def __enter__(self) -> Self:
@@ -125,19 +130,7 @@ class LiveGateway:
 
     def start(self) -> None:
         """Start it and wait until it listens."""
-        options = ["--port", "0", "--data-dir", str(self.data_dir)]
-        if self.config is not None:
-            options += ["--config", str(self.config)]
-        run = [sys.executable, "-m", self.module, "serve", *options]
-        if self.log_file is not None:
-            run = ["sh", "-c", f'exec "$@" 2>{self.log_file}', "sh", *run]
-        self._process = subprocess.Popen(
-            run,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(**self.env),
-        )
+        self._process = self._started()
         self._collector = threading.Thread(target=self._collect_logs, daemon=True)
         self._collector.start()
         banner = self._banner()
@@ -242,6 +235,21 @@ class LiveGateway:
             return {"clean": not report.drifts, **asdict(report)}
 
         return self.in_books(read)
+
+    def _started(self) -> subprocess.Popen[str] | Child:
+        args = ["serve", "--port", "0", "--data-dir", str(self.data_dir)]
+        if self.config is not None:
+            args += ["--config", str(self.config)]
+        env = environment(**self.env)
+        usual = self.module == "gateway" and self.log_file is None
+        if usual and not self.fresh and sys.platform == "linux":
+            return born(args, env)
+        run = [sys.executable, "-m", self.module, *args]
+        if self.log_file is not None:
+            run = ["sh", "-c", f'exec "$@" 2>{self.log_file}', "sh", *run]
+        return subprocess.Popen(
+            run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        )
 
     def _ended(self) -> int:
         assert self._process is not None
