@@ -18,11 +18,12 @@ from typing import Any, Self, TypeVar
 
 import httpx
 
+from gateway.app import as_json, explained
 from gateway.books import Books, open_books
 from gateway.core.money import parse_nano
 from gateway.flows.credits import balance_texts
 from gateway.settings import load_settings
-from tests.e2e.nursery import Child, born
+from tests.e2e.nursery import Process, started
 
 T = TypeVar("T")
 ADMIN_KEY = "admin-key-of-the-tests"
@@ -118,7 +119,7 @@ class LiveGateway:
     log_file: Path | None = None
     module: str = "gateway"
     fresh: bool = False
-    _process: subprocess.Popen[str] | Child | None = None
+    _process: Process | None = None
     _collector: threading.Thread | None = None
 
     def __enter__(self) -> Self:
@@ -130,7 +131,16 @@ class LiveGateway:
 
     def start(self) -> None:
         """Start it and wait until it listens."""
-        self._process = self._started()
+        args = ["serve", "--port", "0", "--data-dir", str(self.data_dir)]
+        if self.config is not None:
+            args += ["--config", str(self.config)]
+        self._process = started(
+            self.module,
+            args,
+            environment(**self.env),
+            log_file=self.log_file,
+            fresh=self.fresh,
+        )
         self._collector = threading.Thread(target=self._collect_logs, daemon=True)
         self._collector.start()
         banner = self._banner()
@@ -201,6 +211,16 @@ class LiveGateway:
 
         return self.in_books(read)
 
+    def explained(self, task_id: str) -> Any:
+        """Read what ``routes explain`` tells of a task."""
+
+        async def read(books: Books) -> str:
+            record = await books.tasks.get(task_id)
+            assert record is not None
+            return as_json(explained(record))
+
+        return json.loads(self.in_books(read))
+
     def client(self, key: str | None = None, **more: Any) -> httpx.Client:
         """An HTTP client that carries a key."""
         headers = {"authorization": f"Bearer {key or self.first_key}"}
@@ -236,21 +256,6 @@ class LiveGateway:
 
         return self.in_books(read)
 
-    def _started(self) -> subprocess.Popen[str] | Child:
-        args = ["serve", "--port", "0", "--data-dir", str(self.data_dir)]
-        if self.config is not None:
-            args += ["--config", str(self.config)]
-        env = environment(**self.env)
-        usual = self.module == "gateway" and self.log_file is None
-        if usual and not self.fresh and sys.platform == "linux":
-            return born(args, env)
-        run = [sys.executable, "-m", self.module, *args]
-        if self.log_file is not None:
-            run = ["sh", "-c", f'exec "$@" 2>{self.log_file}', "sh", *run]
-        return subprocess.Popen(
-            run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-        )
-
     def _ended(self) -> int:
         assert self._process is not None
         assert self._collector is not None
@@ -259,8 +264,8 @@ class LiveGateway:
             return code
         self._collector.join(STOP_MAX_S)
         for pipe in (self._process.stdout, self._process.stderr):
-            assert pipe is not None
-            pipe.close()
+            if pipe is not None:
+                pipe.close()
         return code
 
     def _banner(self) -> str:
@@ -278,6 +283,5 @@ class LiveGateway:
 
     def _collect_logs(self) -> None:
         assert self._process is not None
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
+        for line in self._process.stderr or ():
             self.logs.append(line)

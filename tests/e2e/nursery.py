@@ -1,8 +1,8 @@
 """Gateways that start sooner: what they load is loaded once, each is a fork of that.
 
 ``python -m tests.e2e.nursery FD`` takes orders from a socket. Every gateway is a
-process of its own, with its own arguments, environment and output, and runs the command
-line from its beginning; to load it would take a second of a processor for each.
+process of its own, with its own arguments, environment and output, and runs its module
+from the beginning; to load it would take a second of a processor for each.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import atexit
 import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import IO
 
 ROOT = Path(__file__).parents[2]
 LOADED = ("gateway.cli", "gateway.commands", "gateway.app", "gateway.serving")
-"""What ``imageway serve`` loads, whatever its config says."""
+"""What ``imageway serve`` loads, whatever its config says; none of it has threads."""
 ORDER_MAX_BYTES = 100_000
 
 
@@ -43,11 +44,12 @@ class Child:
         """Return the exit code if it has ended."""
         return self._look(0)
 
-    def wait(self, timeout: float) -> int:
+    def wait(self, timeout: float | None = None) -> int:
         """Wait for its end; returns the exit code, which is -9 for SIGKILL."""
         code = self._look(timeout)
         if code is None:
-            raise subprocess.TimeoutExpired("imageway", timeout)
+            assert timeout is not None
+            raise subprocess.TimeoutExpired("a gateway", timeout)
         return code
 
     def send_signal(self, number: int) -> None:
@@ -59,7 +61,7 @@ class Child:
         """End it at once."""
         self.send_signal(signal.SIGKILL)
 
-    def _look(self, timeout_s: float) -> int | None:
+    def _look(self, timeout_s: float | None) -> int | None:
         if self._end is not None and select.select([self._end], [], [], timeout_s)[0]:
             self.returncode = int(self._end.recv(100))
             self._end.close()
@@ -67,12 +69,41 @@ class Child:
         return self.returncode
 
 
-def born(args: Sequence[str], env: Mapping[str, str]) -> Child:
-    """Run ``imageway`` with these arguments, in this environment and no other."""
-    (out, its_out), (err, its_err) = os.pipe(), os.pipe()
+Process = subprocess.Popen[str] | Child
+
+
+def started(
+    module: str,
+    args: Sequence[str],
+    env: Mapping[str, str],
+    *,
+    log_file: Path | None = None,
+    fresh: bool = False,
+) -> Process:
+    """Run ``python -m`` with these arguments, in this environment and no other.
+
+    What it logs goes into the ``log_file``, or else is to be read. It is of the
+    nursery, where there can be one, unless it is to be ``fresh``.
+    """
+    with ExitStack() as opened:
+        log = opened.enter_context(log_file.open("wb")) if log_file else None
+        if sys.platform == "linux" and not fresh:
+            return _born(json.dumps([module, list(args), dict(env)]), log)
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *args],
+            stdout=subprocess.PIPE,
+            stderr=log or subprocess.PIPE,
+            text=True,
+            env=dict(env),
+        )
+
+
+def _born(order: str, log: IO[bytes] | None) -> Child:
+    out, its_out = os.pipe()
+    err, its_err = os.pipe()
     end, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    order = json.dumps([list(args), dict(env)]).encode()
-    socket.send_fds(_nursery(), [order], [its_out, its_err, its_end.fileno()])
+    fds = [its_out, log.fileno() if log else its_err, its_end.fileno()]
+    socket.send_fds(_nursery(), [order.encode()], fds)
     its_end.close()
     os.close(its_out)
     os.close(its_err)
@@ -134,15 +165,15 @@ def _watch(order: bytes, out: int, err: int, place: int) -> None:
 
 
 def _become(order: bytes, out: int, err: int) -> None:
-    args, env = json.loads(order)
+    module, args, env = json.loads(order)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for place, number in ((out, 1), (err, 2)):
         os.dup2(place, number)
         os.close(place)
     os.environ.clear()
     os.environ.update(env)
-    sys.argv = ["imageway", *args]
-    importlib.import_module("gateway.cli").main()
+    sys.argv = [module, *args]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
