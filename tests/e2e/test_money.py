@@ -65,6 +65,9 @@ def test_kill_9_in_the_middle_leaves_no_hold_and_charges_nobody_twice(
     with ThreadPoolExecutor(50) as pool:
         running = [pool.submit(one, place) for place in range(50)]
         time.sleep(0.7)
+        until = time.monotonic() + WAIT_MAX_S
+        while not gateway.audit()["holds_open"]:
+            assert time.monotonic() < until
         gateway.kill()
         for each in running:
             each.result()
