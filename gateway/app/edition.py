@@ -115,7 +115,9 @@ def reach_outside(settings: Settings) -> Outside:
         rules=UrlRules(schemes, inputs.ports),
         allow=inputs.allow_networks,
     )
-    return Outside(fetcher, GuardedSender(clock, resolver.resolve, rules), rules)
+    # To read all the certificates that are trusted takes a tenth of a second.
+    sender = GuardedSender(clock, resolver.resolve, rules, tls=fetcher.tls)
+    return Outside(fetcher, sender, rules)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,8 @@ def fleet(
     """Start gateways that share everything but their data folders: four, or two."""
     env = {"IMAGEWAY__STORAGE__REDIS": redis.url, "SIMULATED_KEY": KEY}
     env |= storing(s3, s3.new_bucket())
+    if not whole:
+        env["IMAGEWAY__SERVER__LEAVING_S"] = "2"  # whoever balances asks oftener
     config = config_in(tmp_path, latency_ms=50)
     with ExitStack() as stack:
 
