@@ -27,7 +27,7 @@ def measure(each_s: float) -> None:
         alone = Phase("without Redis", each_s)
         stream(folder / "alone", server, [alone], shared=False)
         table.line("without Redis: p50 / p99", _times(alone))
-        phases = outages(server, each_s)
+        phases = outages(server, each_s, each_s)
         commands: list[int] = []
         idle = Phase("idle", 0, lambda: _idle(server, commands))
         stream(folder / "shared", server, [idle, *phases])

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from gateway.adapters.blobs import DiskBlobs
 from gateway.adapters.clock import SystemChance, SystemClock
-from gateway.adapters.data_dir import DataDir, DataDirError
+from gateway.adapters.data_dir import DataDir, DataDirError, Seat
 from gateway.adapters.sql.accounts import SqlAccounts
 from gateway.adapters.sql.database import Database
 from gateway.adapters.sql.deliveries import SqlOutbox
@@ -23,6 +24,7 @@ from gateway.adapters.sql.ledger import SqlLedger
 from gateway.adapters.sql.migrations import MIGRATIONS, SchemaTooNewError, migrate
 from gateway.adapters.sql.processes import SqlProcesses
 from gateway.adapters.sql.queue import SqlQueue
+from gateway.adapters.sql.reloads import SqlReloads
 from gateway.adapters.sql.sqlite import SqliteDatabase
 from gateway.adapters.sql.tasks import SqlTaskStore
 from gateway.core.catalogue import Catalogue
@@ -32,6 +34,8 @@ from gateway.core.fleet import Notice
 from gateway.core.money import NANO
 from gateway.flows.credits import ManageTenants
 from gateway.flows.keys import KeyNames, ManageKeys, NewKey
+from gateway.flows.recovery import LOST_AFTER_MS
+from gateway.flows.reload import Asked, AskToReload
 from gateway.flows.tasks import ManageTasks, ReadTask, TaskView
 from gateway.flows.webhooks import ManageWebhooks
 from gateway.ports import AuditReport, BlobStore
@@ -83,6 +87,7 @@ class Books:
     files: SqlFiles
     outbox: SqlOutbox
     drains: SqlDrains
+    reloads: SqlReloads
     tenants: ManageTenants
     keys: ManageKeys
     webhooks: ManageWebhooks
@@ -90,6 +95,8 @@ class Books:
     secret: bytes
     upstream_names: tuple[str, ...]
     storage: Storage
+    announce: Callable[[Notice], Awaitable[None]]
+    """Tells running gateways, as far as they can be reached; it never fails."""
 
     def shelves(self, emit: Callable[[Event], None] = lambda _: None) -> Shelves:
         """Open the store of pictures; ``emit`` is told when it goes away or is back."""
@@ -116,6 +123,11 @@ class Books:
             await self.drains.drain(name, now_ms=SystemClock().now_ms())
         else:
             await self.drains.enable(name)
+
+    async def ask_to_reload(self, wait_max_s: float) -> Asked:
+        """Have running gateways read their configuration again; waits for them."""
+        ask = AskToReload(self.reloads, SystemClock(), self.announce)
+        return await ask(alive_ms=LOST_AFTER_MS, wait_max_s=wait_max_s)
 
     async def cancel(self, task_id: str) -> TaskView:
         """Cancel an async task of any tenant; the running gateway notices.
@@ -191,9 +203,15 @@ def check_storage(settings: Settings) -> None:
     """See that what the config asks for is there.
 
     Raises:
-        StartError: this version has no such storage.
+        StartError: this version has no such storage, or something it needs is missing.
     """
     storage = settings.storage
+    if storage.database != SQLITE and settings.server.secret is None:
+        raise StartError(
+            "server.secret: must be set where several gateways share a database, to "
+            "the same at least 32 characters for all of them, as env:NAME or "
+            "file:/path: keys and links depend on it."
+        )
     if storage.redis:
         from gateway.adapters.hot_redis.connection import opener  # noqa: PLC0415 - only where it is asked for
 
@@ -201,6 +219,13 @@ def check_storage(settings: Settings) -> None:
             opener(storage.redis)
         except ValueError as error:
             raise StartError(f"storage.redis: {error}") from error
+
+
+def warnings_of(settings: Settings) -> tuple[str, ...]:
+    """Tell all that an operator should look at, as of today."""
+    now_s = SystemClock().now_ms() / 1000
+    today = datetime.fromtimestamp(now_s, UTC).date().isoformat()
+    return settings.warnings + settings.aging(today)
 
 
 def _announcer(settings: Settings) -> Callable[[Notice], Awaitable[None]]:
@@ -218,13 +243,18 @@ def _announcer(settings: Settings) -> Callable[[Notice], Awaitable[None]]:
 
 @asynccontextmanager
 async def open_books(
-    settings: Settings, *, alone: bool = False, new: bool = True
+    settings: Settings,
+    *,
+    alone: bool = False,
+    new: bool = True,
+    seat: Seat | None = None,
 ) -> AsyncIterator[Books]:
     """Open the store, and bring its schema up to date.
 
     Args:
         settings: says where.
         alone: take the data folder for this process first; for what serves.
+        seat: of this process, where several share the folder.
         new: whether it may be made; False refuses a folder without a database.
 
     Raises:
@@ -232,7 +262,7 @@ async def open_books(
     """
     check_storage(settings)
     clock, chance = SystemClock(), SystemChance()
-    data_dir = DataDir(settings.storage.data_dir)
+    data_dir = DataDir(settings.storage.data_dir, seat)
     embedded = settings.storage.database == SQLITE
     if embedded and not new and not data_dir.database.exists():
         raise StartError(
@@ -250,7 +280,7 @@ async def open_books(
     try:
         applied = await migrate(database, now_ms=clock.now_ms())
         accounts, ledger = SqlAccounts(database), SqlLedger(database)
-        outbox = SqlOutbox(database)
+        outbox, announce = SqlOutbox(database), _announcer(settings)
         yield Books(
             database=database,
             migrations_applied=applied,
@@ -262,13 +292,14 @@ async def open_books(
             files=SqlFiles(database),
             outbox=outbox,
             drains=SqlDrains(database),
+            reloads=SqlReloads(database),
             tenants=ManageTenants(accounts, ledger, clock, chance),
             keys=ManageKeys(
                 accounts,
                 clock,
                 chance,
                 secret,
-                announce=_announcer(settings),
+                announce=announce,
                 names=names_for_keys(settings),
             ),
             webhooks=ManageWebhooks(outbox, accounts, clock, secret),
@@ -276,6 +307,7 @@ async def open_books(
             secret=secret,
             upstream_names=tuple(upstream.name for upstream in settings.upstreams),
             storage=settings.storage,
+            announce=announce,
         )
     except SchemaTooNewError as error:
         raise StartError(str(error)) from error
@@ -304,12 +336,6 @@ async def _open_database(settings: Settings, data_dir: DataDir) -> Database:
 def _secret(settings: Settings, data_dir: DataDir) -> bytes:
     if settings.server.secret is not None:
         return settings.server.secret.encode()
-    if settings.storage.database != SQLITE:
-        raise StartError(
-            "server.secret: must be set where several gateways share a database, to "
-            "the same at least 32 characters for all of them, as env:NAME or "
-            "file:/path: keys and links depend on it."
-        )
     return data_dir.secret()
 
 

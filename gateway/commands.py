@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gateway.generating import generate, show_estimate
-from gateway.steering import routes, upstreams
+from gateway.steering import reload, routes, upstreams
 from gateway.terminal import (
     EXIT_FAILED,
     fail,
     listed,
     one_line_errors,
+    overrides,
     print_json,
     read_settings,
     request_body,
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from gateway.settings import Settings
 
 
+WORKERS_MAX = 64
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="imageway")
 def main() -> None:
@@ -48,34 +52,107 @@ def main() -> None:
 @shared
 @click.option("--host", help="Address to listen on. Default: the config's.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port; 0 takes a free one.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1, WORKERS_MAX),
+    default=1,
+    show_default=True,
+    help="Processes that serve the port together, over PostgreSQL and Redis.",
+)
+@click.option("--seat", nargs=4, type=int, hidden=True)
 def serve(
-    config: Path | None, data_dir: Path | None, host: str | None, port: int | None
+    config: Path | None,
+    data_dir: Path | None,
+    host: str | None,
+    port: int | None,
+    workers: int,
+    seat: tuple[int, int, int, int] | None,
 ) -> None:
-    """Run the gateway until SIGTERM or Ctrl-C."""
-    more = {"server.host": host, "server.port": None if port is None else str(port)}
-    settings = read_settings(config, data_dir, more)
+    """Run the gateway until SIGTERM or Ctrl-C; SIGHUP reads the config again."""
     from gateway import serving
 
+    serving.hear_no_hang_up_yet()
+    more = {"server.host": host, "server.port": None if port is None else str(port)}
+    if workers > 1:
+        settings = read_settings(config, data_dir, more, adapters=False)
+        with one_line_errors():
+            asyncio.run(_supervise(settings, workers, config, data_dir, more))
+        return
+    settings = read_settings(config, data_dir, more)
+    read_again = _reader(config, data_dir, more)
     with one_line_errors(), asyncio.Runner(loop_factory=serving.event_loop) as runner:
-        runner.run(_serve(settings))
+        if seat is None:
+            runner.run(_serve(settings, read_again))
+        else:
+            runner.run(_serve_beside(settings, read_again, seat))
 
 
-async def _serve(settings: Settings) -> None:
+def _reader(
+    config: Path | None, data_dir: Path | None, more: dict[str, str | None]
+) -> Callable[[], Settings]:
+    def read_again() -> Settings:
+        from gateway import app
+
+        return app.read_settings(config, overrides(data_dir, more))
+
+    return read_again
+
+
+async def _serve(settings: Settings, read_again: Callable[[], Settings]) -> None:
     from gateway import app, serving
 
-    async with app.started(settings) as (gateway, listening, first_key):
-        host, port = listening.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        url = settings.server.public_url or f"http://{shown}:{port}"
-        warnings = app.warnings_of(settings)
+    async with app.started(settings, read_again) as (gateway, listening, first_key):
+        port = int(listening.getsockname()[1])
         await serving.serve(
-            gateway, listening, lambda: _greet(settings, url, warnings, first_key)
+            gateway, listening, lambda: _greet(settings, port, first_key)
         )
 
 
-def _greet(
-    settings: Settings, url: str, warnings: tuple[str, ...], secret: str | None
+async def _serve_beside(
+    settings: Settings,
+    read_again: Callable[[], Settings],
+    seat: tuple[int, int, int, int],
 ) -> None:
+    from gateway import app, serving
+
+    place = serving.Place.taken(*seat)
+    async with app.started(settings, read_again, place) as (gateway, listening, _):
+        await serving.serve(gateway, listening, place.ready)
+
+
+async def _supervise(
+    settings: Settings,
+    workers: int,
+    config: Path | None,
+    data_dir: Path | None,
+    more: dict[str, str | None],
+) -> None:
+    from gateway.supervisor import supervise
+
+    options = {
+        "--config": config,
+        "--data-dir": data_dir,
+        "--host": more["server.host"],
+        "--port": more["server.port"],
+    }
+    again = [sys.executable, "-m", "gateway", "serve"]
+    for name, value in options.items():
+        again += [] if value is None else [name, str(value)]
+
+    def ready(port: int, first_key: str | None) -> None:
+        _greet(settings, port, first_key)
+
+    await supervise(
+        settings, workers, lambda seat: [*again, "--seat", *map(str, seat)], ready
+    )
+
+
+def _greet(settings: Settings, port: int, secret: str | None) -> None:
+    from gateway.books import warnings_of
+
+    host = settings.server.host
+    shown = f"[{host}]" if ":" in host else host
+    url = settings.server.public_url or f"http://{shown}:{port}"
     click.echo(f"imageway runs at {url}  (stop it with Ctrl-C)")
     click.echo(f"  OpenAI base URL  {url}/v1")
     click.echo(f"  data             {settings.storage.data_dir.resolve()}")
@@ -83,7 +160,7 @@ def _greet(
     click.echo(f"  upstreams        {names}")
     for left in settings.left_out:
         click.echo(f"  left out         {left.upstream}: {left.reason}")
-    for warning in warnings:
+    for warning in warnings_of(settings):
         click.echo(f"  warning          {warning}")
     if settings.server.admin_key is None:
         click.echo("  admin routes     off: set IMAGEWAY_ADMIN_KEY to turn them on")
@@ -125,9 +202,10 @@ def check(
     settings = read_settings(config, data_dir, {})
     with one_line_errors():
         from gateway import app
+        from gateway.books import warnings_of
 
         offers = sum(map(len, app.checked_catalogue(settings).offers.values()))
-        warnings = app.warnings_of(settings)
+        warnings = warnings_of(settings)
     for left in settings.left_out:
         click.echo(f"left out: {left.upstream}: {left.reason}")
     for warning in warnings:
@@ -627,7 +705,7 @@ def estimate(
     show_estimate(app.as_json(priced), as_json=as_json)
 
 
-for _command in (generate, routes, upstreams):
+for _command in (generate, reload, routes, upstreams):
     main.add_command(_command)
 
 

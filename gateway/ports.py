@@ -985,6 +985,38 @@ class Drains(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class ReloadNote:
+    """How far a process is: which asking it has heeded, and what kept it from it."""
+
+    process_id: str
+    heeded: int | None
+    problem: str | None
+
+
+class Reloads(Protocol):
+    """Who asked for the configuration to be read again; kept over restarts.
+
+    Askings are numbered from 1.
+    """
+
+    async def ask(self) -> int:
+        """Ask all processes; returns the number of the asking."""
+        ...
+
+    async def asked(self) -> int:
+        """Read the number of the last asking; 0 before the first."""
+        ...
+
+    async def note(self, process_id: str, number: int, problem: str | None) -> None:
+        """Say that a process has heeded an asking, and what was wrong if it failed."""
+        ...
+
+    async def notes(self, *, alive_since_ms: int) -> Sequence[ReloadNote]:
+        """Read the notes of the processes seen alive since then."""
+        ...
+
+
 class WritableSpool(Payload, Protocol):
     """A spool being filled; the first read ends the writing."""
 

@@ -3,7 +3,8 @@
 SIGTERM: not ready any more, no further task is taken, those that wait for jobs are let
 go; requests are still taken for a while, for whoever balances load does not know yet.
 Then the port is closed and what is under way ends, up to one deadline for all. SIGINT
-does not wait, and a second signal ends everything at once.
+does not wait, and a second signal ends everything at once. SIGHUP has the
+configuration read again, unless it is the terminal that is gone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -22,12 +24,14 @@ import uvicorn
 import uvloop
 from litestar.types import ASGIApp
 
+from gateway.adapters.data_dir import Seat
 from gateway.books import StartError
 
 DRAIN_MAX_S = 180.0
 """From when the port is closed until nobody is waited for any more."""
 KEEP_ALIVE_S = 75
 BACKLOG = 2048
+READY = b"ready"
 WATCHED_MS = 60_000
 """Whoever asked for readiness within that time will see that it ends."""
 
@@ -52,6 +56,35 @@ class Leaving:
         return asked_ms is not None and self.now_ms() - asked_ms <= WATCHED_MS
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one of several processes serves: its seat, and the port they share.
+
+    ``tie`` is closed at the other end when whoever started it is gone.
+    """
+
+    seat: Seat
+    listening: socket.socket
+    tie: socket.socket
+
+    @classmethod
+    def taken(cls, number: int, of: int, listening: int, tie: int) -> Place:
+        """Take over what was handed down as numbers of open files."""
+        shared = socket.socket(fileno=listening)
+        return cls(Seat(number, of), shared, socket.socket(fileno=tie))
+
+    def ready(self) -> None:
+        """Say that requests are answered, and from now on leave when left alone."""
+        self.tie.setblocking(False)  # noqa: FBT003 - socket's own
+        with contextlib.suppress(OSError):
+            self.tie.send(READY)
+        asyncio.get_running_loop().add_reader(self.tie.fileno(), self._left_alone)
+
+    def _left_alone(self) -> None:
+        asyncio.get_running_loop().remove_reader(self.tie.fileno())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 class Served(Protocol):
     """What is served."""
 
@@ -70,6 +103,10 @@ class Served(Protocol):
         """How long requests are still taken by then."""
         ...
 
+    def reload_soon(self) -> None:
+        """Have the configuration read again; returns at once."""
+        ...
+
     async def run(self) -> None:
         """Do what goes on beside requests, until cancelled."""
         ...
@@ -85,6 +122,17 @@ class Served(Protocol):
     async def close(self) -> None:
         """Give everything back; what still goes on is lost."""
         ...
+
+
+def hear_no_hang_up_yet() -> None:
+    """Let SIGHUP not end a process that is still starting: its config was just read."""
+    if not os.isatty(0):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def is_abandoned(*, had_terminal: bool) -> bool:
+    """Tell whether SIGHUP means that the terminal is gone: nobody could end it then."""
+    return had_terminal and not os.isatty(0)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -197,6 +245,12 @@ class _Server(uvicorn.Server):
         self._leave(wait_s)
         asyncio.get_running_loop().call_later(wait_s, super().handle_exit, sig, frame)
 
+    def _on_hang_up(self, had_terminal: bool) -> None:  # noqa: FBT001 - a callback
+        if is_abandoned(had_terminal=had_terminal):
+            self.handle_exit(signal.SIGTERM, None)
+        else:
+            self._gateway.reload_soon()
+
     def _leave(self, wait_s: float) -> asyncio.Future[None]:
         self._gateway.leaving.begun = True
         now_s = asyncio.get_running_loop().time()
@@ -226,4 +280,5 @@ class _Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.handle_exit, number, None)
+        loop.add_signal_handler(signal.SIGHUP, self._on_hang_up, os.isatty(0))
         yield

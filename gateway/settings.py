@@ -645,6 +645,11 @@ def load_settings(
     return replace(settings, files=(path, catalogue_path))
 
 
+def environment_with(**more: str) -> dict[str, str]:
+    """Copy the environment, for a process that is started by this one."""
+    return dict(os.environ) | more
+
+
 def json_schema(keys: tuple[Key, ...] = GATEWAY_KEYS) -> dict[str, object]:
     """Describe a config file (``GATEWAY_KEYS`` or ``CATALOGUE_KEYS``) for editors."""
     return {

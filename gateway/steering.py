@@ -1,4 +1,4 @@
-"""The commands ``imageway routes`` and ``upstreams``: where requests go.
+"""The commands ``imageway routes``, ``upstreams`` and ``reload``: where requests go.
 
 Most of it is asked of a running gateway, with the admin key.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -17,6 +18,7 @@ from urllib.parse import quote
 import click
 
 from gateway.terminal import (
+    EXIT_FAILED,
     Command,
     fail,
     listed,
@@ -34,8 +36,12 @@ from gateway.terminal import (
 
 if TYPE_CHECKING:
     from gateway.books import Books
+    from gateway.flows.reload import Asked
     from gateway.ports import TaskRecord
     from gateway.settings import Settings
+
+
+RELOAD_WAIT_MAX_S = 10.0
 
 
 def _asks_gateway(command: Command) -> Command:
@@ -324,3 +330,37 @@ class _There:
                 return client.admin(method, path, body)
         except RefusedError as error:
             fail(str(error))
+
+
+@click.command()
+@listed
+def reload(config: Path | None, data_dir: Path | None, *, as_json: bool) -> None:
+    """Have all running gateways of a database read their configuration again.
+
+    Each takes its own files over as a whole, or goes on as before. The files that this
+    command sees are checked first. Exits 78 when they are wrong; 1 when a gateway
+    refused or did not answer in 10 s, or none runs.
+    """
+    settings = read_settings(config, data_dir, {})
+
+    async def run(books: Books) -> Asked:
+        return await books.ask_to_reload(RELOAD_WAIT_MAX_S)
+
+    asked = with_settings(settings, run)
+    if not asked.done and not asked.late:
+        fail("no gateway runs on this database")
+    rows = [
+        {
+            "process": note.process_id,
+            "outcome": "refused" if note.problem else "heeded",
+            "problem": note.problem or "",
+        }
+        for note in asked.done
+    ]
+    rows += [
+        {"process": note.process_id, "outcome": "no answer", "problem": ""}
+        for note in asked.late
+    ]
+    show_rows(rows, as_json=as_json)
+    if any(row["outcome"] != "heeded" for row in rows):
+        sys.exit(EXIT_FAILED)

@@ -109,20 +109,25 @@ def read_settings(
     """
     from gateway.settings import ConfigError
 
-    overrides = {k: v for k, v in more.items() if v is not None}
-    if data_dir is not None:
-        overrides["storage.data_dir"] = str(data_dir)
     if adapters:
         from gateway.app import read_settings as read
     else:
         from gateway.books import read_settings as read
 
     try:
-        return read(config, overrides)
+        return read(config, overrides(data_dir, more))
     except ConfigError as error:
         for problem in error.problems:
             click.echo(f"imageway: {problem}", err=True)
         sys.exit(EXIT_CONFIG)
+
+
+def overrides(data_dir: Path | None, more: dict[str, str | None]) -> dict[str, str]:
+    """Gather what the command line says in place of the config."""
+    given = {k: v for k, v in more.items() if v is not None}
+    if data_dir is not None:
+        given["storage.data_dir"] = str(data_dir)
+    return given
 
 
 def with_books(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from tests.object_store import S3Server, running_s3
 from tests.servers import RedisServer
+
+# Hundreds of processes are started. That none of them keeps what it has compiled, as
+# images of containers like it, would cost half a second of each start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

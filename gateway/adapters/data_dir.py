@@ -11,6 +11,7 @@ from pathlib import Path
 
 SECRET_BYTES = 32
 DISK_FREE_MIN_BYTES = 256 * 1024 * 1024
+WORKERS = "workers"
 
 
 class DataDirError(Exception):
@@ -18,10 +19,30 @@ class DataDirError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Seat:
+    """One of ``of`` processes that share a data folder, counted from 0."""
+
+    number: int
+    of: int
+
+
+@dataclass(frozen=True, slots=True)
 class DataDir:
-    """Paths and guards of a data folder."""
+    """Paths and guards of a data folder.
+
+    ``seat`` is that of one of several processes that share it: what cannot be shared it
+    has in a folder of its own.
+    """
 
     root: Path
+    seat: Seat | None = None
+
+    @property
+    def own(self) -> Path:
+        """Where is kept what only one process may use."""
+        if self.seat is None:
+            return self.root
+        return self.root / WORKERS / str(self.seat.number)
 
     @property
     def database(self) -> Path:
@@ -46,12 +67,30 @@ class DataDir:
     @property
     def spool(self) -> Path:
         """Where pictures under way are spooled."""
-        return self.root / "spool"
+        return self.own / "spool"
 
     @property
     def journal(self) -> Path:
         """Where is kept what the database could not take yet."""
-        return self.root / "journal"
+        return self.own / "journal"
+
+    @property
+    def figures(self) -> Path:
+        """Where several processes keep their metrics."""
+        return self.root / "metrics"
+
+    def left_behind(self) -> list[DataDir]:
+        """Find what processes kept for themselves that are not started any more.
+
+        Of several processes only the first is told.
+        """
+        mine = self.seat or Seat(0, 0)
+        if mine.number:
+            return []
+        numbers = [path.name for path in self.root.glob(f"{WORKERS}/*")]
+        seats = [Seat(int(name), 0) for name in numbers if name.isdecimal()]
+        left = [DataDir(self.root, seat) for seat in seats if seat.number >= mine.of]
+        return left if self.seat is None else [DataDir(self.root), *left]
 
     def prepare(self) -> None:
         """Make the folder, for the owner only, and see that it can be written.
@@ -61,6 +100,7 @@ class DataDir:
         """
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.own.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.results.mkdir(exist_ok=True)
             self.uploads.mkdir(exist_ok=True)
             self.inputs.mkdir(exist_ok=True)
@@ -112,7 +152,7 @@ class DataDir:
         Raises:
             DataDirError: another gateway uses it.
         """
-        path = self.root / "serve.lock"
+        path = self.own / "serve.lock"
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
@@ -122,7 +162,7 @@ class DataDir:
         except BlockingIOError as error:
             os.close(handle)
             raise DataDirError(
-                f"another gateway already runs on {self.root}: a data folder serves "
+                f"another gateway already runs on {self.own}: a data folder serves "
                 "one process, and so does SQLite. Stop it, or configure PostgreSQL "
                 "and give each gateway a --data-dir of its own."
             ) from error

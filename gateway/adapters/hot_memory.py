@@ -225,6 +225,16 @@ class MemoryBoard:
             self._to_tell(route.name, route)  # it may be open elsewhere
             self._health(route, now_ms)  # tells of the change
 
+    def refit(self, slots: Mapping[str, int]) -> None:
+        """Take over what upstreams may carry by another configuration.
+
+        Those that it does not name keep what they had, for calls under way.
+        """
+        self.slots = {**self.slots, **slots}
+        for upstream, credential in self._credentials.items():
+            most = self.share(self.slots[upstream])
+            credential.slots = limits.resized(credential.slots, most)
+
     def tell(self) -> Telling:
         """Tell what is new since the last time."""
         now_ms = self.clock.monotonic_ms()

@@ -23,7 +23,7 @@ KINDS: dict[str, type[AttemptEnd | JobAccepted | TaskEnd]] = {
     "attempt_end": AttemptEnd,
     "task_end": TaskEnd,
 }
-SUFFIX = ".json"
+SUFFIX, PART = ".json", ".part"
 MODE = 0o600
 
 
@@ -47,6 +47,8 @@ class DiskJournal:
             UnreadableError: a file is damaged: what it says must not be forgotten.
         """
         journal = cls(root)
+        for unfinished in root.glob(f"*{PART}"):
+            unfinished.unlink()
         for path in sorted(root.glob(f"*{SUFFIX}")):
             journal._waiting[_read(path).entry.task_id] += 1
             journal._last = max(journal._last, int(path.stem.partition("-")[0]))
@@ -93,13 +95,17 @@ class DiskJournal:
 
 
 def _write(path: Path, body: bytes) -> None:
-    unfinished = path.with_suffix(".part")
-    handle = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, MODE)
-    with os.fdopen(handle, "wb") as file:
-        file.write(body)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(path)
+    unfinished = path.with_suffix(PART)
+    try:
+        handle = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, MODE)
+        with os.fdopen(handle, "wb") as file:
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.rename(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -18,6 +18,7 @@ from gateway.core.errors import ServiceUnavailableError
 from gateway.core.events import (
     AttemptFinished,
     BreakerChanged,
+    ConfigRead,
     Event,
     HoldRefused,
     Journaled,
@@ -50,6 +51,7 @@ _NAMES = {
     StoreChanged: "store",
     Journaled: "journal",
     SharedStateChanged: "shared_state",
+    ConfigRead: "config_read",
 }
 
 

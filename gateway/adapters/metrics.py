@@ -1,12 +1,19 @@
 """Prometheus metrics, fed by events. Closed label sets: no tenant, key or raw path.
 
 Children are bound once and kept: looking labels up costs more than counting.
+
+Where ``PROMETHEUS_MULTIPROC_DIR`` names a folder when this is imported, the library
+keeps all figures in files there: any process shows those of all that share the folder,
+counters summed up over the dead ones too, gauges of the living as each says (``how``).
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from functools import cache, partial
+from pathlib import Path
+from typing import Literal
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -16,11 +23,14 @@ from prometheus_client import (
     Histogram,
     disable_created_metrics,
     generate_latest,
+    multiprocess,
+    values,
 )
 
 from gateway.core.events import (
     AttemptFinished,
     BreakerChanged,
+    ConfigRead,
     Event,
     HoldRefused,
     Journaled,
@@ -39,6 +49,9 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 240, 300)
 """Image calls take 5 to 300 seconds; the library's own buckets end at 10."""
 STATES = ("closed", "open", "half_open", "paused")
 disable_created_metrics()  # type: ignore[no-untyped-call]  # else two series per child
+SHARED = values.ValueClass is not values.MutexValue
+"""Whether the figures are those of several processes."""
+How = Literal["livemax", "livemin", "livesum", "livemostrecent"]
 METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"}
 
 
@@ -47,6 +60,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._sampled: dict[Gauge, Callable[[], float]] = {}
 
         def counter(name: str, doc: str, *labels: str) -> Callable[..., Counter]:
             metric = Counter(f"imageway_{name}", doc, labels, registry=self.registry)
@@ -103,37 +117,71 @@ class Metrics:
             "1 while new work is refused because of the process itself.",
             ("signal",),
             registry=self.registry,
+            multiprocess_mode="livemax",
         )
         self._shedding: Callable[..., Gauge] = cache(shedding.labels)
-        state = Gauge(
+        self._states = Gauge(
             "imageway_breaker_state",
             "1 for the state that the breaker is in.",
             ("offer", "state"),
             registry=self.registry,
+            multiprocess_mode="livemostrecent",
         )
-        self._state: Callable[..., Gauge] = cache(state.labels)
+        self._state: Callable[..., Gauge] = cache(self._states.labels)
         self._opened = counter("breaker_openings", "Breakers opened.", "offer")
         drained = Gauge(
             "imageway_upstream_drained",
             "1 while an operator lets nothing new go there.",
             ("upstream",),
             registry=self.registry,
+            multiprocess_mode="livemostrecent",
         )
         self._drained: Callable[..., Gauge] = cache(drained.labels)
         self._store_away = Gauge(
             "imageway_picture_store_away",
             "1 while the object store takes no pictures; 0 with pictures on disk.",
             registry=self.registry,
+            multiprocess_mode="livemax",
         )
         self._degraded = Gauge(
             "imageway_shared_state_degraded",
             "1 while each process decides alone because Redis is out of reach.",
             registry=self.registry,
+            multiprocess_mode="livemax",
         )
+        self._reload_ok = Gauge(
+            "imageway_config_last_reload_successful",
+            "0 while an older configuration goes on because the last was refused.",
+            registry=self.registry,
+            multiprocess_mode="livemin",
+        )
+        self._reload_ok.set(1)
+        self._reload_at = Gauge(
+            "imageway_config_last_reload_success_timestamp_seconds",
+            "When the configuration in use was read.",
+            registry=self.registry,
+            multiprocess_mode="livemin",
+        )
+        self._reload_at.set_to_current_time()
+        self._line = Gauge(
+            "imageway_waiting",
+            "Sync requests let in that have no slot yet.",
+            ("variant",),
+            registry=self.registry,
+            multiprocess_mode="livesum",
+        )
+        self._lag = Gauge(
+            "imageway_event_loop_lag_seconds",
+            "How late the event loop is, over the last second.",
+            registry=self.registry,
+            multiprocess_mode="livemax",
+        )
+        self._offers: frozenset[str] = frozenset()
         self.drift = Gauge(
             "imageway_ledger_drift_nanocredits",
             "Sum of all drift that the last audit found; must be 0.",
             registry=self.registry,
+            multiprocess_mode="livemax",
         )
 
     def watch_log(self, dropped_lines: Callable[[], int]) -> None:
@@ -142,8 +190,9 @@ class Metrics:
             "imageway_log_lines_dropped",
             "Log lines that the sink did not take since the start.",
             registry=self.registry,
+            multiprocess_mode="livesum",
         )
-        lost.set_function(dropped_lines)
+        self._sampled[lost] = dropped_lines
 
     def watch_journal(self, waiting: Callable[[], int]) -> None:
         """Show how much the database does not have yet."""
@@ -151,8 +200,9 @@ class Metrics:
             "imageway_journal_waiting",
             "Entries kept on the disk until the database is back.",
             registry=self.registry,
+            multiprocess_mode="livesum",
         )
-        gauge.set_function(waiting)
+        self._sampled[gauge] = waiting
 
     def watch_waiting(
         self,
@@ -161,20 +211,9 @@ class Metrics:
         lag_ms: Callable[[], float],
     ) -> None:
         """Show who waits for a slot, and how late the event loop is."""
-        line = Gauge(
-            "imageway_waiting",
-            "Sync requests let in that have no slot yet.",
-            ("variant",),
-            registry=self.registry,
-        )
         for variant in variants:
-            line.labels(variant).set_function(partial(waiting, variant))
-        lag = Gauge(
-            "imageway_event_loop_lag_seconds",
-            "How late the event loop is, over the last second.",
-            registry=self.registry,
-        )
-        lag.set_function(lambda: lag_ms() / 1000)
+            self._sampled[self._line.labels(variant)] = partial(waiting, variant)
+        self._sampled[self._lag] = lambda: lag_ms() / 1000
 
     def watch_fleet(self, processes: Callable[[], int]) -> None:
         """Show how many processes share the upstreams' slots."""
@@ -182,11 +221,22 @@ class Metrics:
             "imageway_fleet_processes",
             "Processes that share the upstreams, as this one sees them.",
             registry=self.registry,
+            multiprocess_mode="livemax",
         )
-        fleet.set_function(processes)
+        self._sampled[fleet] = processes
 
     def known(self, offer_ids: list[str], variants: list[str]) -> None:
-        """Show every offer and variant from the start, at zero."""
+        """Show every offer and variant from the start, at zero.
+
+        Of offers that were known before and are not among them no state is shown.
+        """
+        gone, self._offers = self._offers.difference(offer_ids), frozenset(offer_ids)
+        for offer_id in gone:
+            for each in STATES:
+                self._state(offer_id, each).set(0)  # what others show of it stays
+                self._states.remove(offer_id, each)
+        if gone:
+            self._state = cache(self._states.labels)
         for offer_id in offer_ids:
             self._show_state(offer_id, "closed")
             self._drained(offer_id.partition("/")[0])
@@ -207,20 +257,36 @@ class Metrics:
                 self._on_breaker(event)
             case UpstreamChanged() | SharedStateChanged():
                 self._on_change(event)
-            case StoreChanged() | WebhookTried():
+            case StoreChanged() | WebhookTried() | ConfigRead():
                 self._on_other(event)
             case HoldRefused() | RequestShed() | PressureChanged() | Journaled():
                 self._on_pressure(event)
 
-    def render(self) -> tuple[bytes, str]:
-        """Write all metrics in Prometheus' text format; with its media type."""
-        return generate_latest(self.registry), CONTENT_TYPE_LATEST
+    async def sample(self) -> None:
+        """Set what is looked at rather than told of; for what others show of it."""
+        for gauge, value in self._sampled.items():
+            gauge.set(value())
 
-    def _on_other(self, event: StoreChanged | WebhookTried) -> None:
-        if isinstance(event, StoreChanged):
-            self._store_away.set(event.state == "away")
-        else:
-            self._webhooks(event.outcome).inc()
+    async def render(self) -> tuple[bytes, str]:
+        """Write all metrics in Prometheus' text format; with its media type."""
+        await self.sample()
+        if not SHARED:
+            return generate_latest(self.registry), CONTENT_TYPE_LATEST
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        text = await asyncio.to_thread(generate_latest, registry)
+        return text, CONTENT_TYPE_LATEST
+
+    def _on_other(self, event: StoreChanged | WebhookTried | ConfigRead) -> None:
+        match event:
+            case StoreChanged():
+                self._store_away.set(event.state == "away")
+            case WebhookTried():
+                self._webhooks(event.outcome).inc()
+            case ConfigRead():
+                self._reload_ok.set(event.outcome != "refused")
+                if event.outcome == "reloaded":
+                    self._reload_at.set_to_current_time()
 
     def _on_breaker(self, event: BreakerChanged) -> None:
         self._show_state(event.offer_id, event.state)
@@ -277,3 +343,8 @@ class Metrics:
     def _show_state(self, offer_id: str, state: str) -> None:
         for each in STATES:
             self._state(offer_id, each).set(each == state)
+
+
+def forget_process(folder: Path, pid: int) -> None:
+    """Take the gauges of a process that has ended out of a folder of figures."""
+    multiprocess.mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]

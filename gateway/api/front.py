@@ -38,7 +38,7 @@ class Front:
     crashed: Callable[[BaseException, str], None]
     leaving: Callable[[], bool] = lambda: False
     """Whether the process is about to stop: its connections are to be used no more."""
-    trusted_proxies: tuple[Network, ...] = ()
+    trusted_proxies: Callable[[], tuple[Network, ...]] = tuple
     """Whose word is taken for where a request comes from."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,10 +62,11 @@ class Front:
     def _address(self, scope: Scope) -> str:
         client = cast("dict[str, object]", scope).get("client")
         peer = str(client[0]) if isinstance(client, list | tuple) else ""
-        if not self.trusted_proxies:
+        trusted = self.trusted_proxies()
+        if not trusted:
             return peer
         forwarded = header_list(scope, "x-forwarded-for")
-        return client_address(peer, forwarded, self.trusted_proxies)
+        return client_address(peer, forwarded, trusted)
 
     async def _handle(
         self, scope: Scope, receive: Receive, answer: _Answer, note: RequestNote

@@ -20,7 +20,7 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>imageway</title>
 
 
 def health_routes(
-    checks: Checks, metrics: Callable[[], tuple[bytes, str]]
+    checks: Checks, metrics: Callable[[], Awaitable[tuple[bytes, str]]]
 ) -> list[HTTPRouteHandler]:
     """Route what operators look at."""
 
@@ -43,7 +43,7 @@ def health_routes(
     @get("/metrics")
     async def show_metrics() -> Response[bytes]:
         """Show the metrics in Prometheus' text format."""
-        body, media_type = metrics()
+        body, media_type = await metrics()
         return Response(body, media_type=media_type)
 
     @get("/", media_type="text/html")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from gateway.core.money import decimal_text
 
@@ -47,6 +47,20 @@ class InvalidRequestError(GatewayError):
     status = 400
     type = "invalid_request_error"
     code = "invalid_value"
+
+
+class ConfigRefusedError(InvalidRequestError):
+    """What was read cannot be used; the configuration from before goes on."""
+
+    code = "config_invalid"
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__(
+            "The configuration was not taken over; the one from before goes on. "
+            f"Mend it and reload again: {'; '.join(problems)}",
+            extra={"problems": list(problems)},
+        )
+        self.problems = tuple(problems)
 
 
 class ContentRefusedError(GatewayError):

@@ -152,6 +152,19 @@ class Journaled:
 
 
 @dataclass(frozen=True, slots=True)
+class ConfigRead:
+    """The configuration was read again.
+
+    ``outcome``: reloaded, unchanged, or refused: then the old one goes on. ``changed``
+    names the sections that differ.
+    """
+
+    outcome: str
+    changed: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SharedStateChanged:
     """What the processes share in Redis is out of reach from now on, or again there."""
 
@@ -172,4 +185,5 @@ Event = (
     | StoreChanged
     | Journaled
     | SharedStateChanged
+    | ConfigRead
 )

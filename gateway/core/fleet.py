@@ -27,6 +27,7 @@ class Topic(Enum):
     BOARD = "board"
     TASKS = "tasks"
     KEYS = "keys"
+    CONFIG = "config"
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,12 +59,15 @@ class JournaledTasks:
     async def open(self, task: NewTask) -> str | None:
         """See ``TaskStore``.
 
-        Where it is not known whether the task was written, it is closed later: whoever
-        asked for it was told that it was not.
+        Where it is not known whether the task was written, and it cannot be seen, it is
+        closed later: whoever asked for it was told that it was not.
         """
         try:
             return await self.store.open(task)
         except OutcomeUnknownError:
+            # A worker may find it: an answer that it is not there would be wrong then.
+            if await self._is_written(task.id):
+                return None
             end = TaskEnd(
                 task_id=task.id,
                 state=TaskState.FAILED,
@@ -133,27 +136,37 @@ class JournaledTasks:
             if self.journal.knows(end.task_id):
                 break
             try:
-                return await self._in_time(self.store.finish(end))
+                settled = await self._in_time(self.store.finish(end))
             except ServiceUnavailableError:
                 if attempt < TRIES:
                     await self.clock.sleep(PAUSE_S)
+                continue
+            if _falls_short(settled, end):
+                self.events.emit(Journaled(end.task_id, "TaskEnd", "too_late"))
+            return settled
         await self._kept(end)
         return Settled(end.due_nanocredits)
 
     async def replay(self) -> int:
         """Book what is in the journal; returns how many entries that were.
 
-        Stops at the first that the store does not take yet.
+        Stops while the store is away. What it refuses waits, with what comes after it
+        for the same task, and keeps no other task waiting.
         """
-        done = 0
+        done, refused = 0, set[str]()
         async with self._replaying:
             if not self.journal.waiting:
                 return 0
             for kept in await self.journal.kept():
+                if kept.entry.task_id in refused:
+                    continue
                 try:
-                    outcome = await self._replayed(kept.entry)
+                    outcome = await self._in_time(self._replayed(kept.entry))
                 except ServiceUnavailableError:
-                    return done
+                    if not await self._is_there():
+                        return done
+                    refused.add(kept.entry.task_id)
+                    continue
                 await self.journal.drop(kept)
                 what = type(kept.entry).__name__
                 self.events.emit(Journaled(kept.entry.task_id, what, outcome))
@@ -169,7 +182,7 @@ class JournaledTasks:
                     await self.store.end_attempt(entry)
                 case TaskEnd():
                     settled = await self.store.finish(entry)
-                    if settled.charged + settled.absorbed < entry.due_nanocredits:
+                    if _falls_short(settled, entry):
                         return "too_late"
         except NotFoundError:
             return "never_begun"
@@ -177,6 +190,13 @@ class JournaledTasks:
             # Whoever claimed the task since carries it out, and settles it.
             return "taken_over"
         return "booked"
+
+    async def _is_there(self) -> bool:
+        try:
+            await self._in_time(self.store.get(""))
+        except ServiceUnavailableError:
+            return False
+        return True
 
     async def _accept(self, entry: JobAccepted) -> None:
         await self.store.accept_attempt(
@@ -186,6 +206,12 @@ class JournaledTasks:
             entry.order_json,
             fence=entry.fence,
         )
+
+    async def _is_written(self, task_id: str) -> bool:
+        try:
+            return await self._in_time(self.store.get(task_id)) is not None
+        except ServiceUnavailableError:
+            return False
 
     async def _in_time(self, writing: Awaitable[T]) -> T:
         # A database that hangs is away too. What it does after all, it does once.
@@ -226,6 +252,11 @@ class JournaledTasks:
     async def rebuy(self, rebuy: Rebuy, since_ms: int) -> bool:
         """See ``TaskStore``."""
         return await self.store.rebuy(rebuy, since_ms)
+
+
+def _falls_short(settled: Settled, end: TaskEnd) -> bool:
+    # Others held this process for dead and closed the task: its pictures are free.
+    return settled.charged + settled.absorbed < end.due_nanocredits
 
 
 def _never_begun_json() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ BATCH_TASKS = 200
 BEAT_EVERY_S = 3.0
 LOST_AFTER_MS = 30_000
 BEATS_BEFORE_JUDGING = 5
+LEAVE_MAX_S = 5.0
 
 
 @dataclass(slots=True)
@@ -71,8 +73,13 @@ class Recovery:
         return await self._close_lost()
 
     async def leave(self) -> None:
-        """Say that this process ends: what it left open is nobody's."""
-        await self.processes.leave(self.process_id)
+        """Say that this process ends: what it left open is nobody's.
+
+        Raises:
+            TimeoutError: the store does not answer; the others find out by themselves.
+        """
+        async with asyncio.timeout(LEAVE_MAX_S):
+            await self.processes.leave(self.process_id)
 
     async def overdue(self) -> int:
         """Close tasks long past their deadline; returns their number.

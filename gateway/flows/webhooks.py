@@ -109,9 +109,11 @@ def _host_failed(answer: Answer) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DeliverWebhooks:
     """Sends what is due. One per process, since it counts what is under way.
+
+    A new configuration changes ``sender``, ``render`` and ``tries_after_s`` in place.
 
     Fields:
         render: writes the body, anew at each try.

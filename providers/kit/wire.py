@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import math
 import re
+import ssl
 import time
 from collections.abc import (
     AsyncGenerator,
@@ -23,6 +24,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from urllib.parse import urlsplit
 
@@ -510,8 +512,14 @@ def _check_found(reply: Reply) -> None:
         )
 
 
+@lru_cache(maxsize=1)
+def _trusting() -> ssl.SSLContext:
+    # To read the certificates that are trusted takes a twentieth of a second.
+    return httpx.create_ssl_context(trust_env=False)
+
+
 def _transport(connections_max: int) -> AiohttpTransport:
-    tls = httpx.create_ssl_context(trust_env=False)
+    tls = _trusting()
 
     def session() -> aiohttp.ClientSession:
         return aiohttp.ClientSession(

@@ -34,6 +34,9 @@ class Notes:
     leaving: Leaving = field(default_factory=lambda: Leaving(lambda: 0))
     leaving_s: float = 0.0
 
+    def reload_soon(self) -> None:
+        self.seen.append("to be reloaded")
+
     async def run(self) -> None:
         try:
             self._note("runs")

@@ -15,7 +15,7 @@ from gateway.adapters.sql.deliveries import SqlOutbox
 from gateway.api.admin import AdminGate
 from gateway.api.front import Front
 from gateway.api.webhooks import webhook_admin_routes, webhook_routes
-from gateway.app import _litestar
+from gateway.app import routed
 from gateway.core.webhooks import ROTATION_OVERLAP_MS, SECRETS_MAX, secret_for
 from gateway.flows.keys import Authenticate, ManageKeys, NewKey
 from gateway.flows.webhooks import ManageWebhooks
@@ -62,7 +62,7 @@ async def counter(tmp_path: Path) -> AsyncGenerator[Counter, None]:
         webhooks = ManageWebhooks(outbox, accounts, clock, PEPPER)
         rates, log = MemoryRates(clock), LogListener()
         authenticate = Authenticate(accounts, clock, PEPPER, rates, rates)
-        inner = _litestar(
+        inner = routed(
             [
                 *webhook_routes(authenticate, webhooks, clock),
                 *webhook_admin_routes(AdminGate(ADMIN), webhooks),

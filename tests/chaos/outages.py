@@ -41,15 +41,15 @@ class Phase:
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def outages(server: RedisServer, each_s: float) -> list[Phase]:
-    """Every way to lose Redis, and the times between them."""
+def outages(server: RedisServer, each_s: float, calm_s: float) -> list[Phase]:
+    """Every way to lose Redis, and the times between; ``calm_s`` if it answers."""
     return [
-        Phase("all is well", each_s),
+        Phase("all is well", calm_s),
         Phase("killed", each_s, server.kill),
         Phase("back", each_s, server.start),
         Phase("frozen", each_s, server.freeze),
         Phase("thawed", each_s, server.thaw),
-        Phase("emptied", each_s, server.empty),
+        Phase("emptied", calm_s, server.empty),
     ]
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from gateway.adapters.logs import LogListener
-from gateway.app import build_gateway, reach_outside, read_settings
+from gateway.app import build_gateway, read_settings
 from gateway.books import open_books
 from gateway.core.requests import parse_generation
 from gateway.flows.generate import Accepted, Later
 from tests.chaos.receivers import ADDRESS, Receiver, receiving
-from tests.e2e.gateways import Answer, command, environment
+from tests.e2e.gateways import Answer, command, environment, in_books, new_tenant
+from tests.e2e.nursery import Process, started
 
 UPSTREAM = """
 [[upstream]]
@@ -66,7 +65,7 @@ class Stage:
     config: Path
     receiver: Receiver
     env: dict[str, str]
-    workers: list[subprocess.Popen[str]] = field(default_factory=list)
+    workers: list[Process] = field(default_factory=list)
 
     @property
     def data_dir(self) -> Path:
@@ -81,16 +80,12 @@ class Stage:
         """Look into the books, as another process would."""
         return self.receiver.rows(query, *values)
 
-    def work(self, lease_ms: int, *more: str) -> subprocess.Popen[str]:
+    def work(self, lease_ms: int, *more: str) -> Process:
         """Start a worker, and wait until it works."""
-        module = (sys.executable, "-m", "tests.chaos.worker")
-        worker = subprocess.Popen(
-            [*module, str(self.config), str(self.data_dir), str(lease_ms), *more],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment(**self.env),
-        )
+        args = (str(self.config), str(self.data_dir), str(lease_ms), *more)
+        env = environment(**self.env)
+        log = self.folder / f"worker-{len(self.workers)}.log"
+        worker = started("tests.chaos.worker", args, env, log_file=log)
         assert worker.stdout is not None
         assert worker.stdout.readline() == "works\n"
         self.workers.append(worker)
@@ -116,8 +111,7 @@ async def opened(
     """Put tasks of a tenant into the queue, as the API does; returns their ids."""
     settings = read_settings(config, {"storage.data_dir": str(data_dir)})
     async with open_books(settings) as books:
-        outside = reach_outside(settings)
-        gateway = build_gateway(settings, books, LogListener(), outside)
+        gateway = build_gateway(settings, books, LogListener())
         generate = gateway.runner.generate
         tenant = await books.accounts.tenant_named(tenant_name)
         assert tenant is not None
@@ -163,9 +157,9 @@ def stage(folder: Path, credential: str, *upstreams: At) -> Iterator[Stage]:
         )
         env = {"SSL_CERT_FILE": str(receiver.certificate)}
         set_up = Stage(folder, config, receiver, env)
-        set_up.run("tenants", "create", "acme", "--credits", CREDITS, "--json")
-        made = set_up.run("keys", "create", "--tenant", "acme", "--json").json
-        receiver.secret = made["webhook_secret"]
+        _, receiver.secret = in_books(
+            lambda books: new_tenant(books, "acme", CREDITS), set_up.data_dir, config
+        )
         try:
             yield set_up
         finally:
@@ -173,14 +167,15 @@ def stage(folder: Path, credential: str, *upstreams: At) -> Iterator[Stage]:
                 end(worker)
 
 
-def end(worker: subprocess.Popen[str]) -> None:
+def end(worker: Process) -> None:
     """Kill a worker as a crash would."""
     if worker.poll() is None:
         os.kill(worker.pid, signal.SIGCONT)
         worker.kill()
         worker.wait()
-    if worker.stdout is not None:
-        worker.stdout.close()
+    for pipe in (worker.stdout, worker.stderr):
+        if pipe is not None:
+            pipe.close()
 
 
 def until(true: Callable[[], bool], *, at_most_s: float, pause_s: float = 0.05) -> None:

@@ -27,6 +27,8 @@ from tests.simulators.openai_server import KEY
 
 CROWD = 200
 HEARD_MAX_S = 2.0
+RELOADED_MAX_S = 1.0
+ALONE_RELOADED_MAX_S = 5.0
 RATE_PER_S = 10
 ASKED_EVERY_S = 0.3
 UPSTREAMS = "/admin/v1/upstreams"
@@ -53,6 +55,8 @@ def fleet(
     """Start gateways that share everything but their data folders: four, or two."""
     env = {"IMAGEWAY__STORAGE__REDIS": redis.url, "SIMULATED_KEY": KEY}
     env |= storing(s3, s3.new_bucket())
+    if not whole:
+        env["IMAGEWAY__SERVER__LEAVING_S"] = "2"  # whoever balances asks oftener
     config = config_in(tmp_path, latency_ms=50)
     with ExitStack() as stack:
 
@@ -142,6 +146,45 @@ def test_a_breaker_that_one_has_opened_is_heeded_by_all_within_two_seconds(
             assert client.post(PATH, json=BODY).status_code == 200
         assert gateway.bought("sandbox") == 0
         assert gateway.bought("dear") == 1
+
+
+def test_a_reload_that_one_is_asked_for_reaches_all_with_redis_and_without(
+    fleet: Fleet, redis: RedisServer
+) -> None:
+    gateways = fleet(SECOND)
+    first, *others = gateways
+    assert first.config is not None
+    config = first.config.read_text()
+
+    def reloaded(price: str, within_s: float) -> None:
+        assert first.config is not None
+        first.config.write_text(config.replace("flat = 0.02", f"flat = {price}"))
+        before = [costs(gateway) for gateway in others]
+        with first.client(ADMIN_KEY) as admin:
+            answer = admin.post("/admin/v1/reload")
+        assert answer.json() == {
+            "outcome": "reloaded",
+            "changed": ["offers"],
+            "warnings": answer.json()["warnings"],
+        }
+        time.sleep(within_s)
+        after = [costs(gateway) for gateway in others]
+        assert set(after) == {float(price)} != set(before)
+
+    reloaded("0.03", RELOADED_MAX_S)
+    redis.kill()
+    try:
+        reloaded("0.04", ALONE_RELOADED_MAX_S)
+    finally:
+        redis.start()  # it is that of other tests too
+
+
+def costs(gateway: LiveGateway) -> float:
+    """Tell what the dear upstream would cost, as a gateway sees it now."""
+    with gateway.client(ADMIN_KEY) as admin:
+        answer = admin.post("/admin/v1/routes/explain", json=BODY)
+    (dear,) = [c for c in answer.json()["route"] if c["upstream"] == "dear"]
+    return float(dear["estimate_usd"])
 
 
 def opened(gateway: LiveGateway) -> bool:

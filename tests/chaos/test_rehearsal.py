@@ -58,7 +58,8 @@ def in_short(played: Rehearsal) -> None:
     at["azure"].next(*[{"answer": "html"}] * 2, LIMITED)
     played.ask(some, "and azure: HTML, 429", plain=True)
     at["azure"].end()
-    played.ask(some, "and azure: killed", plain=True)
+    # For longer than the 429 keeps all away from it.
+    played.ask(some, "and azure: killed", plain=True, pause_s=0.3)
     come_back(played, "azure")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.receivers import receiving
-from tests.e2e.gateways import LiveGateway
+from tests.e2e.gateways import LiveGateway, new_tenant
 from tests.e2e.test_tasks import BODY, LATER, PATH
 
 HOOKS = """
@@ -41,13 +41,13 @@ def test_every_end_is_told_though_the_gateway_dies_before_it_could(
         env = {"SSL_CERT_FILE": str(receiver.certificate)}
         gateway = LiveGateway(data_dir, config=config, env=env)
         with gateway:
-            gateway.cli("tenants", "create", "hooks", "--credits", "1000")
-            made = gateway.cli("keys", "create", "--tenant", "hooks", "--json").json
-            receiver.secret = made["webhook_secret"]
+            key, receiver.secret = gateway.in_books(
+                lambda books: new_tenant(books, "hooks", "1000")
+            )
             body = BODY | {"callback_url": receiver.url}
             ids, untold = [], 0
             for _ in range(rounds):
-                with gateway.client(made["key"]) as client:
+                with gateway.client(key) as client:
                     ids.append(client.post(PATH, json=body, headers=LATER).json()["id"])
                 settled(receiver.rows, ids[-1])
                 gateway.kill()

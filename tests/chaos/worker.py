@@ -16,7 +16,7 @@ from gateway import workers
 from gateway.adapters.logs import LogListener
 from gateway.adapters.sql.queue import SqlQueue
 from gateway.adapters.sql.tasks import SqlTaskStore
-from gateway.app import build_gateway, reach_outside, read_settings
+from gateway.app import build_gateway, read_settings
 from gateway.books import Books, open_books
 from gateway.core.ledger import Settled
 from gateway.ports import AttemptEnd, Lease, NewAttempt, TaskEnd
@@ -82,8 +82,7 @@ async def work(config: Path, data_dir: Path, *, fenced: bool) -> None:
     settings = read_settings(config, {"storage.data_dir": str(data_dir)})
     async with open_books(settings) as opened:
         books = opened if fenced else _unfenced(opened)
-        outside = reach_outside(settings)
-        gateway = build_gateway(settings, books, LogListener(), outside)
+        gateway = build_gateway(settings, books, LogListener())
         print("works", flush=True)  # noqa: T201 - what the caller waits for
         await asyncio.gather(gateway.worker.run(), gateway.loops.run())
 

@@ -227,6 +227,17 @@ async def test_a_good_call_anywhere_ends_the_streak_of_all(fleet: Fleet) -> None
     assert await fleet.states() == {CLOSED}
 
 
+async def test_the_streak_of_a_process_that_died_does_not_stay_for_ever(
+    fleet: Fleet, redis: RedisServer
+) -> None:
+    with redis.client() as client:
+        client.hset("{imageway}:1:streaks", "up/v|generate|long gone", "3 1 1")
+
+        await fleet.exchange()
+
+        assert client.hgetall("{imageway}:1:streaks") == {}
+
+
 async def test_failures_of_a_process_with_more_calls_out_are_no_streak(
     fleet: Fleet,
 ) -> None:

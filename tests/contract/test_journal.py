@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ async def test_what_was_not_written_whole_was_not_kept(tmp_path: Path) -> None:
     (tmp_path / "000000000001-1.part").write_text('["task_end",{"ta')
 
     assert DiskJournal.open(tmp_path).waiting == 0
+    assert not list(tmp_path.iterdir())
 
 
 async def test_a_damaged_entry_is_not_passed_over(tmp_path: Path) -> None:
@@ -69,6 +71,19 @@ async def test_a_disk_that_takes_nothing_is_said_so(tmp_path: Path) -> None:
         await journal.keep(ENTRIES[0])
 
     assert journal.waiting == 0
+
+
+async def test_a_full_disk_gets_no_fuller_with_every_try(tmp_path: Path) -> None:
+    journal = DiskJournal.open(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))
+    try:
+        with pytest.raises(ServiceUnavailableError):
+            await journal.keep(ENTRIES[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    assert not list(tmp_path.iterdir())
 
 
 async def test_entries_are_for_nobody_elses_eyes(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,19 @@ async def test_a_socket_in_the_file_system(tmp_path: Path) -> None:
         await roundtrip(f"unix://{socket}")
 
 
-async def test_a_cluster(tmp_path: Path) -> None:
+@asynccontextmanager
+async def a_cluster(folder: Path) -> AsyncIterator[RedisServer]:
+    """Run a cluster of one node, which has all slots."""
     options = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
-    with RedisServer(tmp_path, options) as server:
+    with RedisServer(folder, options) as server:
         with server.client() as client:
             client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
             await until(lambda: "'ok'" in str(client.execute_command(INFO)))
+        yield server
+
+
+async def test_a_cluster(tmp_path: Path) -> None:
+    async with a_cluster(tmp_path) as server:
         await roundtrip(f"redis+cluster://127.0.0.1:{server.port}")
 
 
@@ -118,7 +126,17 @@ def test_a_sentinel_url_says_who_where_and_which_database() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", [f"redis://:{SECRET}@h?db=x", f"redis+sentinel://:{SECRET}@h:1"]
+    "url",
+    [
+        f"redis://:{SECRET}@h?db=x",
+        f"redis+sentinel://:{SECRET}@h:1",
+        f"redis://:{SECRET}/#@h:1",
+        f"redis+cluster://:{SECRET}/#@h:1",
+        f"redis+sentinel://h:{SECRET}/name",
+        f"redis+sentinel://h/name/{SECRET}",
+        f"redis+cluster://h:{SECRET}",
+        "redis+cluster://",
+    ],
 )
 def test_a_url_that_cannot_be_read_is_refused_and_not_repeated(url: str) -> None:
     with pytest.raises(ValueError, match="URL") as refused:
@@ -187,6 +205,48 @@ async def test_a_redis_that_takes_no_writes_counts_as_gone(redis: RedisServer) -
     assert process.degraded == [True]
     assert await process.fleet.exchange()
     assert process.degraded == [True, False]
+    await process.fleet.leave()
+
+
+async def test_a_cluster_that_is_gone_fails_nothing_and_is_back_when_it_is(
+    tmp_path: Path,
+) -> None:
+    async with a_cluster(tmp_path) as server:
+        url = f"redis+cluster://127.0.0.1:{server.port}"
+        process = Process("one", url, SystemClock())
+        async with running(process):
+            await until(lambda: not process.fleet.guard.degraded)
+            server.kill()
+            assert await process.fleet.may_probe("up/v|generate")
+            await until(lambda: process.degraded == [True])
+            assert await process.fleet.may_probe("up/v|generate")
+            assert not await publish_once(opener(url), "nobody hears it")
+            server.start()
+            await until(lambda: process.degraded == [True, False])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b":no number\r\n", b"$2\r\n\xff\xfe\r\n", b"*1\r\n" * 5_000, b"HTTP/1.1 "],
+)
+@pytest.mark.parametrize("kind", ["redis", "redis+cluster"])
+async def test_what_answers_and_is_no_redis_counts_as_gone(
+    kind: str, answer: bytes
+) -> None:
+    async def say(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(1_000):
+            writer.write(answer)
+        writer.close()
+
+    async with await asyncio.start_server(say, "127.0.0.1", 0) as server:
+        url = f"{kind}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        process = Process("one", url, StillClock())
+
+        assert not await process.fleet.exchange()
+        assert await process.fleet.may_probe("up/v|generate")
+        assert not await publish_once(opener(url), "nobody hears it")
+
+    assert process.degraded == [True]
     await process.fleet.leave()
 
 

@@ -108,6 +108,25 @@ async def test_an_opened_task_can_be_read_with_its_hold(stores: Stores) -> None:
     )
 
 
+async def test_whatever_an_upstream_says_it_can_be_booked(stores: Stores) -> None:
+    await stores.fund(150)
+    await stores.tasks.open(a_task())
+    await stores.tasks.begin_attempt(an_attempt())
+    await stores.tasks.begin_attempt(an_attempt(seq=2))
+
+    await stores.tasks.end_attempt(a_lost_attempt(detail="no\0", upstream_code="\0"))
+    result = a_result(revised_prompt="a fox\0")
+    await stores.tasks.finish(
+        an_end(attempts=(a_won_attempt(seq=2),), results=(result,))
+    )
+
+    assert await stores.balance() == Balance(posted=90, held=0, spent=60)
+    task = await stores.tasks.get("task-1")
+    assert task is not None
+    assert (task.attempts[0].detail or "").startswith("no")
+    assert (task.results[0].revised_prompt or "").startswith("a fox")
+
+
 async def test_a_task_tells_its_whole_story(stores: Stores) -> None:
     await stores.fund(150)
     await stores.tasks.open(a_task())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -9,12 +10,22 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 
+from gateway.app import as_json, explained
+from gateway.books import Books, open_books
+from gateway.core.money import parse_nano
+from gateway.flows.credits import balance_texts
+from gateway.settings import load_settings
+from tests.e2e.nursery import Process, started
+
+T = TypeVar("T")
 ADMIN_KEY = "admin-key-of-the-tests"
 START_MAX_S = 30
 STOP_MAX_S = 30
@@ -56,6 +67,35 @@ def command(*args: str, cwd: Path | None = None, **env: str) -> Answer:
     return Answer(done.returncode, done.stdout, done.stderr)
 
 
+def in_books(
+    run: Callable[[Books], Awaitable[T]],
+    data_dir: Path,
+    config: Path | None = None,
+    **env: str,
+) -> T:
+    """Do what a command does with the books, without the start of a process."""
+    settings = load_settings(
+        config,
+        environment(**env),
+        kinds=None,
+        overrides={"storage.data_dir": str(data_dir)},
+    )
+
+    async def opened() -> T:
+        async with open_books(settings) as books:
+            return await run(books)
+
+    with ThreadPoolExecutor(1) as aside:  # who asks may be in a loop already
+        return aside.submit(asyncio.run, opened()).result()
+
+
+async def new_tenant(books: Books, name: str, amount: str) -> tuple[str, str]:
+    """Make a tenant with credits; returns a key and its webhook secret."""
+    tenant = await books.tenants.create(name, nanocredits=parse_nano(amount))
+    made = await books.keys.create(tenant)
+    return made.secret, await books.webhooks.secret(made.key.id)
+
+
 def configured(folder: Path, config: str, **env: str) -> LiveGateway:
     """Make a gateway in a folder, with a config and variables of its own."""
     path = folder / "gateway.toml"
@@ -65,7 +105,10 @@ def configured(folder: Path, config: str, **env: str) -> LiveGateway:
 
 @dataclass
 class LiveGateway:
-    """A gateway process over one data folder; can be killed and started again."""
+    """A gateway process over one data folder; can be killed and started again.
+
+    It is of the nursery, unless it is to be ``fresh``: an interpreter of its own.
+    """
 
     data_dir: Path
     config: Path | None = None
@@ -75,7 +118,9 @@ class LiveGateway:
     logs: list[str] = field(default_factory=list)
     log_file: Path | None = None
     module: str = "gateway"
-    _process: subprocess.Popen[str] | None = None
+    fresh: bool = False
+    workers: int = 1
+    _process: Process | None = None
     _collector: threading.Thread | None = None
 
     def __enter__(self) -> Self:
@@ -87,18 +132,17 @@ class LiveGateway:
 
     def start(self) -> None:
         """Start it and wait until it listens."""
-        options = ["--port", "0", "--data-dir", str(self.data_dir)]
+        args = ["serve", "--port", "0", "--data-dir", str(self.data_dir)]
         if self.config is not None:
-            options += ["--config", str(self.config)]
-        run = [sys.executable, "-m", self.module, "serve", *options]
-        if self.log_file is not None:
-            run = ["sh", "-c", f'exec "$@" 2>{self.log_file}', "sh", *run]
-        self._process = subprocess.Popen(
-            run,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(**self.env),
+            args += ["--config", str(self.config)]
+        if self.workers > 1:
+            args += ["--workers", str(self.workers)]
+        self._process = started(
+            self.module,
+            args,
+            environment(**self.env),
+            log_file=self.log_file,
+            fresh=self.fresh or self.workers > 1,
         )
         self._collector = threading.Thread(target=self._collect_logs, daemon=True)
         self._collector.start()
@@ -149,20 +193,36 @@ class LiveGateway:
         if self.config is not None:
             options += ["--config", str(self.config)]
         done = command(*args, *options, cwd=None, **self.env)
-        assert done.code == 0 or args[0] == "audit", done
+        assert done.code == 0, done
         return done
+
+    def in_books(self, run: Callable[[Books], Awaitable[T]]) -> T:
+        """Do something with the books, beside the gateway."""
+        return in_books(run, self.data_dir, self.config, **self.env)
 
     def tenant(self, name: str, amount: str = "1000") -> str:
         """Make a tenant with credits; returns a key of it."""
-        self.cli("tenants", "create", name, "--credits", amount, "--json")
-        made = self.cli("keys", "create", "--tenant", name, "--json").json
-        return str(made["key"])
+        key, _ = self.in_books(lambda books: new_tenant(books, name, amount))
+        return key
 
     def balance(self, name: str) -> dict[str, str]:
         """Read a tenant's balance."""
-        found = self.cli("credits", "balance", "--tenant", name, "--json").json
-        assert isinstance(found, dict)
-        return found
+
+        async def read(books: Books) -> dict[str, str]:
+            tenant = await books.tenants.named(name)
+            return balance_texts(await books.tenants.balance(tenant.id))
+
+        return self.in_books(read)
+
+    def explained(self, task_id: str) -> Any:
+        """Read what ``routes explain`` tells of a task."""
+
+        async def read(books: Books) -> str:
+            record = await books.tasks.get(task_id)
+            assert record is not None
+            return as_json(explained(record))
+
+        return json.loads(self.in_books(read))
 
     def client(self, key: str | None = None, **more: Any) -> httpx.Client:
         """An HTTP client that carries a key."""
@@ -192,9 +252,12 @@ class LiveGateway:
 
     def audit(self) -> dict[str, Any]:
         """Audit the books."""
-        found = self.cli("audit", "--json").json
-        assert isinstance(found, dict)
-        return found
+
+        async def read(books: Books) -> dict[str, Any]:
+            report = await books.audit()
+            return {"clean": not report.drifts, **asdict(report)}
+
+        return self.in_books(read)
 
     def _ended(self) -> int:
         assert self._process is not None
@@ -204,8 +267,8 @@ class LiveGateway:
             return code
         self._collector.join(STOP_MAX_S)
         for pipe in (self._process.stdout, self._process.stderr):
-            assert pipe is not None
-            pipe.close()
+            if pipe is not None:
+                pipe.close()
         return code
 
     def _banner(self) -> str:
@@ -223,6 +286,5 @@ class LiveGateway:
 
     def _collect_logs(self) -> None:
         assert self._process is not None
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
+        for line in self._process.stderr or ():
             self.logs.append(line)

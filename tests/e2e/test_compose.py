@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 import yaml  # type: ignore[import-untyped]
 
 from gateway.serving import DRAIN_MAX_S
 from gateway.settings import ObjectStore, Settings, load_settings
 from providers.registry import PROVIDERS
-from tests.e2e.gateways import command
+from tests.e2e.gateways import LiveGateway, command
 from tests.e2e.images import ROOT, Step, read_steps
+from tests.object_store import S3Server
+from tests.servers import RedisServer, postgres_database
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::([-?])([^}]*))?\}")
 _SECRET = re.compile(r"PASSWORD|SECRET|KEY|AUTH$|DATABASE|REDIS")
@@ -60,7 +63,7 @@ def asked_for() -> dict[str, str]:
 def operators_env() -> dict[str, str]:
     """What the gateway is given once ``.env`` is filled."""
     values = {name: f"{name.lower().replace('_', '')}0123" for name in asked_for()}
-    values |= {"OPENAI_API_KEY": "", "PUBLIC_URL": ""}
+    values |= {"OPENAI_API_KEY": "", "PUBLIC_URL": "", "IMAGEWAY_SECRET": "0123" * 12}
     given = service("gateway")["environment"]
     env = {name: filled(str(text), values) for name, text in given.items()}
     inside = Path(env["IMAGEWAY_CONFIG"])
@@ -250,6 +253,23 @@ def test_prometheus_finds_the_gateway_and_grafana_finds_prometheus() -> None:
 
 
 # --- what takes PostgreSQL and Redis ---
+
+
+def test_a_gateway_starts_with_what_compose_gives_it(
+    tmp_path: Path, redis: RedisServer, s3: S3Server
+) -> None:
+    stores = {
+        "IMAGEWAY__STORAGE__DATABASE": postgres_database(),
+        "IMAGEWAY__STORAGE__REDIS": redis.url,
+        "IMAGEWAY__STORAGE__RESULTS": f"s3://{s3.new_bucket()}/gateway",
+        "IMAGEWAY__STORAGE__RESULTS_ENDPOINT": s3.url,
+    }
+    env = operators_env()
+    assert stores.keys() <= env.keys()
+
+    with LiveGateway(tmp_path / "data", env=env | stores) as gateway:
+        assert httpx.get(f"{gateway.url}/health/ready").status_code == 200
+        assert gateway.tenant("acme")
 
 
 def test_a_gateway_of_this_version_takes_the_configuration_of_compose(

@@ -28,7 +28,7 @@ def test_the_next_cheapest_serves_at_the_same_price_and_it_is_explained(
     assert (healthy.status_code, saved.status_code) == (200, 200)
     assert healthy.json()["usage"] == saved.json()["usage"]
     task_id = saved.headers["x-task-id"]
-    explained = gateway.cli("routes", "explain", task_id, "--json").json
+    explained = gateway.explained(task_id)
     trail = [(a["upstream"], a["kind"]) for a in explained["attempts"]]
     assert trail == [("sandbox-thrifty", kind.value), ("sandbox-fair", None)]
     assert explained["route"][0]["offer"] == "sandbox-thrifty/gpt-image-2"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from gateway.adapters.sql.database import Database
+from gateway.adapters.sql.database import Database, Transaction
 from gateway.adapters.sql.migrations import MIGRATIONS
 from gateway.adapters.sql.postgres import PostgresDatabase
 from gateway.adapters.sql.sqlite import SqliteDatabase
@@ -71,3 +73,51 @@ def test_an_older_imageway_leaves_a_newer_database_alone(
         assert "schema_too_new" in answer.err
         assert "upgrade imageway" in answer.err
         assert answer.err.count("\n") == 1
+
+
+def test_who_may_not_change_the_schema_can_use_it_once_it_is_there(
+    tmp_path: Path,
+) -> None:
+    where = options("postgres", tmp_path)
+    url = (tmp_path / "database").read_text()
+    name = "clerk_" + url.rpartition("/")[2]
+
+    async def hired() -> None:
+        database = await PostgresDatabase.open(url)
+        for statement in (
+            f"CREATE ROLE {name} LOGIN PASSWORD 'test-only'",
+            f"""GRANT SELECT, INSERT, UPDATE, DELETE
+            ON ALL TABLES IN SCHEMA public TO {name}""",
+        ):
+            await database.write(partial(run, statement))
+        await database.close()
+
+    async def run(statement: str, tx: Transaction) -> None:
+        await tx.run(statement)
+
+    assert command("migrate", *where).code == 0
+    asyncio.run(hired())
+    (tmp_path / "database").write_text(re.sub("//[^:]+:", f"//{name}:", url))
+
+    answer = command("tenants", "create", "acme", "--credits", "1", *where)
+
+    assert answer.code == 0, answer.err
+
+
+def test_a_schema_that_cannot_be_changed_is_told_with_the_reason(
+    tmp_path: Path,
+) -> None:
+    where = options("postgres", tmp_path)
+
+    async def taken() -> None:
+        database = await PostgresDatabase.open((tmp_path / "database").read_text())
+        await database.write(lambda tx: tx.run("CREATE TABLE holds (x BIGINT)"))
+        await database.close()
+
+    asyncio.run(taken())
+
+    answer = command("migrate", *where)
+
+    assert answer.code == 1
+    assert 'relation "holds" already exists' in answer.err
+    assert "Nothing was changed" in answer.err

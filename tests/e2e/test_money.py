@@ -65,6 +65,9 @@ def test_kill_9_in_the_middle_leaves_no_hold_and_charges_nobody_twice(
     with ThreadPoolExecutor(50) as pool:
         running = [pool.submit(one, place) for place in range(50)]
         time.sleep(0.7)
+        until = time.monotonic() + WAIT_MAX_S
+        while not gateway.audit()["holds_open"]:
+            assert time.monotonic() < until
         gateway.kill()
         for each in running:
             each.result()
@@ -137,12 +140,15 @@ def test_credits_and_cli_agree_to_the_nano_credit(gateway: LiveGateway) -> None:
         client.post(PATH, json=BODY)
         shown = client.get("/v1/credits")
 
-    balance = gateway.balance("precise")
+    told = ("credits", "balance", "--tenant", "precise", "--json")
+    balance = gateway.cli(*told).json
     raw = shown.text
     assert f'"remaining_credits":{balance["available"]}' in raw
     assert f'"used_credits":{balance["spent"]}' in raw
     total = Decimal(balance["available"]) + Decimal(balance["spent"])
     assert total == Decimal("10.000000001")
+    assert balance == gateway.balance("precise")
+    assert gateway.cli("audit", "--json").json["clean"]
 
 
 def test_a_client_that_hangs_up_in_its_answer_finds_it_under_its_task(

@@ -27,6 +27,7 @@ from tests.e2e.pictures import (
     mask_that_clears_the_left_half,
     opened,
 )
+from tests.e2e.test_tasks import ended
 from tests.simulators.pictures import big_picture
 
 EDITS = "/v1/images/edits"
@@ -88,7 +89,7 @@ def answered(answer: httpx.Response) -> Any:
 
 def attempts_of(gateway: LiveGateway, answer: httpx.Response) -> list[dict[str, Any]]:
     task_id = answer.headers["x-task-id"]
-    explained = gateway.cli("routes", "explain", task_id, "--json").json
+    explained = gateway.explained(task_id)
     attempts = explained["attempts"]
     assert isinstance(attempts, list)
     return attempts
@@ -151,12 +152,13 @@ def test_data_urls_arrive_as_the_files_that_they_hold(
             | {"images": [{"image_url": urls[0]}], "mask": {"image_url": urls[1]}},
         )
     )
-    answered(
+    later = answered(
         client.post(
             GENERATIONS, json=FOX | {"image_urls": urls[:1], "mask_url": urls[1]}
         )
     )
 
+    assert ended(client, later["id"])["status"] == "completed"
     for bought in cheap.purchases()[-2:]:
         assert bought["operation"] == "edit"
         assert (bought["references"], bought["mask"]) == ([sha256(red)], sha256(mask))

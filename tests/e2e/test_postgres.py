@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -98,8 +99,25 @@ def test_without_a_secret_of_their_own_they_do_not_start(tmp_path: Path) -> None
     config = config_in(tmp_path)
     config.write_text(config.read_text().replace('secret = "file:secret"', ""))
 
-    done = command("serve", "--config", str(config), "--data-dir", str(tmp_path / "d"))
+    for asked in ("serve", "check"):
+        done = command(
+            asked, "--config", str(config), "--data-dir", str(tmp_path / "d")
+        )
+
+        assert done.code != 0
+        assert "server.secret" in done.err
+        assert "postgresql://" not in done.err + done.out
+
+
+@pytest.mark.parametrize("password", ["s3cret/0f#xq", "s3cret:0f/xq", "s3cret?0f@xq"])
+def test_a_url_that_cannot_be_read_is_told_and_not_repeated(
+    tmp_path: Path, password: str
+) -> None:
+    config = config_in(tmp_path)
+    (tmp_path / "database").write_text(f"postgresql://me:{password}@127.0.0.1:1/x")
+
+    done = command("migrate", "--config", str(config), "--data-dir", str(tmp_path))
 
     assert done.code != 0
-    assert "server.secret" in done.err
-    assert "postgresql://" not in done.err + done.out
+    assert "cannot open the database" in done.err
+    assert not re.search("s3cret|0f|xq", done.err.partition("database:")[2])

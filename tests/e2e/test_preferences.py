@@ -28,7 +28,7 @@ def sdk(shared_gateway: LiveGateway) -> Iterator[openai.OpenAI]:
 
 
 def went_to(gateway: LiveGateway, task_id: str) -> list[str]:
-    explained = gateway.cli("routes", "explain", task_id, "--json").json
+    explained = gateway.explained(task_id)
     return [attempt["upstream"] for attempt in explained["attempts"]]
 
 

@@ -13,7 +13,7 @@ import httpx
 
 from gateway.adapters.clock import SystemClock
 from gateway.adapters.logs import LogListener
-from gateway.app import Gateway, build_gateway, reach_outside, read_settings
+from gateway.app import Gateway, build_gateway, read_settings
 from gateway.books import first_run, open_books
 
 HOUR_MS = 3_600_000
@@ -45,8 +45,7 @@ async def running(
     """Run the whole gateway in this process, by that clock."""
     settings = read_settings(None, {"storage.data_dir": str(data_dir)})
     async with open_books(settings, alone=True) as books:
-        outside = reach_outside(settings)
-        gateway = build_gateway(settings, books, LogListener(), outside, clock)
+        gateway = build_gateway(settings, books, LogListener(), clock)
         key = await first_run(books)
         assert key is not None
         worker = asyncio.create_task(gateway.worker.run())

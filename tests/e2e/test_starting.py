@@ -14,7 +14,7 @@ from tests.e2e.gateways import ROOT, LiveGateway, command
 def test_the_first_start_gives_a_key_and_credits_and_the_second_keeps_both(
     tmp_path: Path,
 ) -> None:
-    gateway = LiveGateway(tmp_path / "data")
+    gateway = LiveGateway(tmp_path / "data", fresh=True)
     with gateway:
         assert gateway.first_key is not None
         with gateway.client() as client:
@@ -31,7 +31,7 @@ def test_the_first_start_gives_a_key_and_credits_and_the_second_keeps_both(
 
 
 def test_stopping_is_clean(tmp_path: Path) -> None:
-    gateway = LiveGateway(tmp_path / "data")
+    gateway = LiveGateway(tmp_path / "data", fresh=True)
     gateway.start()
 
     assert gateway.stop() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import dataclass, field, replace
 
@@ -25,7 +26,7 @@ from gateway.core.pricing import hold_nanocredits
 from gateway.core.requests import ImageRequest, parse_generation
 from gateway.core.tasks import HOLD_KEPT_MS, AttemptState, TaskState
 from gateway.flows.generate import STORE_AWAY_MAX_MS, Accepted, Generate, Later
-from gateway.flows.recovery import BEATS_BEFORE_JUDGING, Recovery
+from gateway.flows.recovery import BEATS_BEFORE_JUDGING, LEAVE_MAX_S, Recovery
 from gateway.flows.results import Results
 from gateway.flows.tasks import TaskView
 from gateway.ports import Key, NewAttempt
@@ -558,6 +559,19 @@ async def test_partial_pictures_are_shown_where_the_upstream_has_them() -> None:
 def recovery_of(counter: Counter) -> Recovery:
     clock, events = counter.shop.clock, counter.shop.events
     return Recovery(counter.store, FakeProcesses(), "this", clock, events)
+
+
+async def test_who_leaves_waits_for_no_store_that_does_not_answer() -> None:
+    class Silent(FakeProcesses):
+        async def leave(self, process_id: str) -> None:
+            await asyncio.Event().wait()
+
+    counter = Counter(cheap=ScriptedProvider(delivered()))
+    recovery = replace(recovery_of(counter), processes=Silent())
+
+    async with asyncio.timeout(2 * LEAVE_MAX_S):
+        with pytest.raises(TimeoutError):
+            await recovery.leave()
 
 
 async def test_what_a_dead_process_left_is_failed_for_free_and_booked() -> None:

@@ -555,12 +555,13 @@ def files_of(asked: Asked, fault: Fault) -> list[Reply]:
     media_type = f"image/{asked.format}"
     usual = picture(asked.width, asked.height, asked.format, asked.background)
     made = {
-        "big": png(64, 32, padding=BIG_BYTES),
         "text": b"I cannot.",
         "wrong_size": png(asked.width * 2, asked.height),
         "wrong_type": picture(asked.width, asked.height, "webp", "opaque"),
     }
     file = made.get(fault.answer, usual)
+    if fault.answer == "big":
+        file = png(64, 32, padding=BIG_BYTES)
     count = asked.n + {"one_less": -1, "one_more": 1}.get(fault.answer, 0)
     return [Reply(200, file, media_type) for _ in range(count)]
 
@@ -625,8 +626,9 @@ def spoiled(accepted: dict[str, Any], fault: Fault, simulator: FalSimulator) -> 
         "no_links": Reply.of_json(200, {"request_id": accepted["request_id"]}),
         "foreign_id": Reply.of_json(200, elsewhere | {"request_id": "../../x"}),
         "nothing": Reply.of_json(200, {}),
-        "big": Reply.of_json(200, {"request_id": "x" * BIG_BODY_BYTES}),
     }
+    if fault.answer == "big":
+        return Reply.of_json(200, {"request_id": "x" * BIG_BODY_BYTES})
     return whole.get(fault.answer) or Reply.of_json(200, accepted)
 
 

@@ -237,10 +237,11 @@ class ReplicateSimulator(Simulator):
             "html": Reply(200, b"<html><body>Bad gateway</body></html>", "text/html"),
             "error": Reply.of_json(200, {"detail": "upstream busy", "status": 500}),
             "no_id": Reply.of_json(201, {"status": "starting"}),
-            "long": Reply.of_json(201, self.shown(job) | {"logs": "x" * 10_000_000}),
         }
         status = 201 if job.state not in RUNNING else 202
-        told = whole.get(fault.answer) or Reply.of_json(status, self.shown(job))
+        logs = {"logs": "x" * 10_000_000} if fault.answer == "long" else {}
+        usual = Reply.of_json(status, self.shown(job) | logs)
+        told = whole.get(fault.answer, usual)
         return await deliver(writer, told, fault)
 
     def begin(self, seen: Seen, fault: Fault) -> Job:

@@ -16,7 +16,7 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 
 from gateway.core.events import SharedStateChanged
 from gateway.ports import Events
@@ -29,6 +29,15 @@ PREFIX = "{imageway}:1:"
 CHANNEL = f"{PREFIX}notices"
 SENTINEL_PORT = 26379
 REASON_MAX_CHARS = 200
+UNANSWERED = (
+    RedisError,
+    RedisClusterException,  # no error of the others' kind: no node can be reached
+    OSError,
+    TimeoutError,
+    ValueError,  # these three: what answers there is no Redis
+    TypeError,
+    RecursionError,
+)
 
 Client = Redis | RedisCluster
 Command = tuple[str | int, ...]
@@ -41,8 +50,22 @@ def opener(url: str) -> Callable[[], Client]:
     ``redis+sentinel://host:port,host:port/service/database``; ``rediss`` for TLS.
 
     Raises:
-        ValueError: it cannot be read; the message never repeats it.
+        ValueError: it cannot be read; the message never repeats any of it.
     """
+    try:
+        found = _opener(url)
+        found()  # tells now what is wrong with it
+    except (ValueError, RedisClusterException):
+        # Where a password is not written as it has to be, any part may be of it.
+        raise ValueError(
+            "a URL is redis://:password@host:port, redis+cluster://host:port or "
+            "redis+sentinel://host:port,host:port/service; what is special in a "
+            "password is written as %XX"
+        ) from None
+    return found
+
+
+def _opener(url: str) -> Callable[[], Client]:
     parts = urlsplit(url)
     secure = "s" if parts.scheme.startswith("rediss") else ""
     kind = parts.scheme.partition("+")[2]
@@ -57,7 +80,6 @@ def opener(url: str) -> Callable[[], Client]:
     if kind == "cluster":
         plain = f"redis{secure}{url[len(parts.scheme) :]}"
         return lambda: RedisCluster.from_url(plain, **common)
-    Redis.from_url(url, **common)  # tells now what is wrong with it
     return lambda: Redis.from_url(url, **common)
 
 
@@ -68,7 +90,7 @@ def _sentinel(
     user, _, password = credentials.partition(":")
     service, _, database = parts.path.strip("/").partition("/")
     if not service or not places:
-        raise ValueError("a Sentinel URL is redis+sentinel://host:port,host:port/name")
+        raise ValueError("a server's name and Sentinels are missing")
     more = common | {"db": int(database or 0), "ssl": tls}
     if password:
         more |= {"username": unquote(user) or None, "password": unquote(password)}
@@ -136,7 +158,7 @@ class Guard:
         try:
             async with asyncio.timeout(CONNECT_MAX_S):
                 await client.execute_command("GET", f"{PREFIX}live:none")
-        except (RedisError, OSError, TimeoutError) as error:
+        except UNANSWERED as error:
             await closed(client)
             self._lost(error)
             return False
@@ -149,7 +171,7 @@ class Guard:
         try:
             async with asyncio.timeout(self.call_max_s), self._one_at_a_time:
                 answers = await _answers(client, commands)
-        except (RedisError, OSError, TimeoutError) as error:
+        except UNANSWERED as error:
             self._failures += 1
             if self._failures >= FAILURES_MAX and client is self._client:
                 self._client = None
@@ -187,7 +209,7 @@ async def closed(client: Client | None) -> None:
     pool: Any = getattr(client, "connection_pool", None)
     watchers = getattr(getattr(pool, "sentinel_manager", None), "sentinels", ())
     for each in (client, *watchers):
-        with suppress(RedisError, OSError, TimeoutError):
+        with suppress(*UNANSWERED):
             async with asyncio.timeout(CALL_MAX_S):
                 await each.aclose()
 
@@ -198,7 +220,7 @@ async def publish_once(open_client: Callable[[], Client], text: str) -> bool:
     try:
         async with asyncio.timeout(2 * CONNECT_MAX_S):
             await client.execute_command("PUBLISH", CHANNEL, text)
-    except (RedisError, OSError, TimeoutError):
+    except UNANSWERED:
         return False
     finally:
         await closed(client)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 STREAK_FRESH_MS = 10_000
 """A streak is told every second; that of a process which is gone does not count."""
+STREAKS_KEPT_MS = 120_000
 PROOF = "|proof"
 SEEN = ("|good", "|bad")
 
@@ -48,6 +49,16 @@ class Counts:
         # Fewer than ours: Redis was emptied since.
         ours = self.ours[number][what] if number in self.ours else 0
         return max(0, int(self.all[number].get(what, 0)) - ours)
+
+
+def forgotten_streaks(streaks: Mapping[str, str], now_ms: int) -> list[str]:
+    """Name the streaks that nobody tells any more, nor will: their processes died."""
+    return [
+        key
+        for key, text in streaks.items()
+        if not key.endswith(PROOF)
+        and now_ms - int(text.rpartition(" ")[2]) > STREAKS_KEPT_MS
+    ]
 
 
 def streaks_of_others(

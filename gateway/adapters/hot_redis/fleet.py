@@ -20,17 +20,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-from redis.exceptions import RedisError
 
 from gateway.adapters.hot_redis.connection import (
     CHANNEL,
     PREFIX,
+    UNANSWERED,
     Client,
     Command,
     Guard,
     closed,
 )
-from gateway.adapters.hot_redis.counts import PROOF, SEEN, Counts, streaks_of_others
+from gateway.adapters.hot_redis.counts import (
+    PROOF,
+    SEEN,
+    STREAKS_KEPT_MS,
+    Counts,
+    forgotten_streaks,
+    streaks_of_others,
+)
 from gateway.core import fleet
 from gateway.core.breaker import BUCKET_MS, FORCED_EVERY_MS, WINDOW_MS, Others
 from gateway.core.fleet import Hearing, Notice, Size, Stance, Telling, Topic
@@ -43,7 +50,6 @@ LIVE_KEPT_MS = 60_000
 STANCE_KEPT_MS = 1_800_000
 """Twice the longest time that a breaker is open."""
 COUNTS_KEPT_MS = WINDOW_MS + 2 * BUCKET_MS
-STREAKS_KEPT_MS = 120_000
 PROBE_MS = 30_000
 """A probe is free again so long after its process was last heard of."""
 NOTICES_MAX = 1_000
@@ -113,6 +119,7 @@ class RedisFleet:
     _told: int = 0
     _counts: Counts = field(default_factory=Counts)
     _streaks: set[str] = field(default_factory=set)
+    _forgotten: list[str] = field(default_factory=list)
     _notices: set[Notice] = field(default_factory=set)
     _board_news: bool = False
     _exchanged_ms: int | None = None
@@ -315,9 +322,11 @@ class RedisFleet:
         if told:
             yield ("HSET", _STREAKS, *told)
             yield ("PEXPIRE", _STREAKS, STREAKS_KEPT_MS)
-        over = self._streaks - telling.streaks.keys()
+        # The key lives on while others tell: what died processes told goes by hand.
+        over = [f"{n}|{self.process}" for n in self._streaks - telling.streaks.keys()]
+        over, self._forgotten = over + self._forgotten, []
         if over:
-            yield ("HDEL", _STREAKS, *(f"{name}|{self.process}" for name in over))
+            yield ("HDEL", _STREAKS, *over)
         self._streaks = set(telling.streaks)
 
     def _probes_told(self, telling: Telling) -> Iterable[Command]:
@@ -349,6 +358,7 @@ class RedisFleet:
         for name, stance in (*telling.stances.items(), *stances.items()):
             if stance.open_ms is None:
                 self._counts.void[name] = now_ms // BUCKET_MS
+        self._forgotten = forgotten_streaks(streaks, now_ms)
         others = self._others(streaks_of_others(streaks, self.process, now_ms))
         self.board.hear(Hearing(self._size, stances, pauses, others))
 
@@ -379,7 +389,7 @@ class RedisFleet:
             client = self.guard.open()
             try:
                 await self._listen(client)
-            except (RedisError, OSError, TimeoutError):
+            except UNANSWERED:
                 pass  # the exchange tells of it
             except Exception as error:  # noqa: BLE001 - a supervisor
                 self.crashed(error, "listening to the fleet")
@@ -406,7 +416,7 @@ class RedisFleet:
                     await pubsub.ping()
                     asked = True
         finally:
-            with suppress(RedisError, OSError):
+            with suppress(*UNANSWERED):
                 await pubsub.aclose()
 
     def _heed_all(self) -> None:

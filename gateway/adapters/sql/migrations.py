@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
-from gateway.adapters.sql.database import Database, Dialect, Transaction
+from gateway.adapters.sql.database import (
+    Database,
+    Dialect,
+    StoreFailedError,
+    Transaction,
+)
 
 
 class SchemaTooNewError(Exception):
@@ -301,6 +307,19 @@ MIGRATIONS = (
     ),
     Migration(
         statements=(
+            # How often all processes were asked to read their configuration again, and
+            # how far each of them is.
+            """CREATE TABLE reloads (
+                id BIGINT PRIMARY KEY CHECK (id = 1),
+                asked BIGINT NOT NULL
+            )""",
+            "INSERT INTO reloads (id, asked) VALUES (1, 0)",
+            "ALTER TABLE processes ADD COLUMN reload_heeded BIGINT",
+            "ALTER TABLE processes ADD COLUMN reload_problem TEXT",
+        ),
+    ),
+    Migration(
+        statements=(
             "ALTER TABLE keys ADD COLUMN scopes TEXT",
             "ALTER TABLE keys ADD COLUMN models TEXT",
             "ALTER TABLE keys ADD COLUMN networks TEXT",
@@ -342,14 +361,27 @@ MIGRATIONS = (
 async def migrate(database: Database, *, now_ms: int) -> int:
     """Bring the schema up to date, in one transaction; returns the steps applied.
 
-    Processes that do so at once wait for each other.
+    Processes that do so at once wait for each other. One that is up to date is only
+    looked at, which takes no right to change it.
 
     Raises:
         SchemaTooNewError: a newer imageway has been here; nothing was changed.
         StoreFailedError: a step failed; nothing was changed.
     """
     dialect = database.dialect
-    return await database.write(lambda tx: _migrate(tx, dialect, now_ms))
+    with suppress(
+        StoreFailedError
+    ):  # there is none yet; or the next statement says why
+        if await database.read(_version) == len(MIGRATIONS):
+            return 0
+    try:
+        return await database.write(lambda tx: _migrate(tx, dialect, now_ms))
+    except StoreFailedError as error:
+        # Only an operator reads it, who needs to know what the engine says.
+        raise StoreFailedError(
+            f"cannot bring the schema up to date: {error.__cause__ or error}. "
+            "Nothing was changed."
+        ) from error
 
 
 async def _migrate(tx: Transaction, dialect: Dialect, now_ms: int) -> int:
@@ -359,8 +391,7 @@ async def _migrate(tx: Transaction, dialect: Dialect, now_ms: int) -> int:
         """CREATE TABLE IF NOT EXISTS schema_migrations (
             version BIGINT PRIMARY KEY, applied_ms BIGINT NOT NULL)"""
     )
-    row = await tx.one("SELECT COALESCE(MAX(version), 0) FROM schema_migrations")
-    version: int = row[0] if row else 0
+    version = await _version(tx)
     if version > len(MIGRATIONS):
         raise SchemaTooNewError(
             f"{SchemaTooNewError.code}: the database has schema {version}, this "
@@ -376,6 +407,11 @@ async def _migrate(tx: Transaction, dialect: Dialect, now_ms: int) -> int:
             now_ms,
         )
     return len(MIGRATIONS) - version
+
+
+async def _version(tx: Transaction) -> int:
+    row = await tx.one("SELECT COALESCE(MAX(version), 0) FROM schema_migrations")
+    return int(row[0]) if row else 0
 
 
 def _statements(migration: Migration, dialect: Dialect) -> list[str]:

@@ -13,7 +13,7 @@ import re
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal, Protocol
@@ -44,12 +44,17 @@ CONNECT_MAX_S = 5.0
 CONNECTION_WAIT_MAX_S = 10.0
 STATEMENT_MAX_S = 60.0
 """An audit of many rows takes that long; nothing else does."""
+RELEASE_MAX_S = 2.0
+"""A connection that does not get over what was given up by then is ended."""
+CLOSE_MAX_S = 5.0
+"""What is waiting by then will not be answered."""
 LOCK_WAIT_MAX_MS = 5_000
 RUNS_MAX = 5
 """How often a transaction is run that another one got in the way of."""
 PAUSE_S = 0.01
 GROUP_MAX = 32
 STATEMENTS_CACHED = 256
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 POSTGRES = Dialect(
     blob="BYTEA",
@@ -101,6 +106,7 @@ class PostgresDatabase:
         *,
         connections_max: int = CONNECTIONS_MAX,
         waiting_max: int = WAITING_MAX,
+        statement_max_s: float = STATEMENT_MAX_S,
     ) -> PostgresDatabase:
         """Connect to a database by its ``postgresql://`` URL.
 
@@ -114,7 +120,7 @@ class PostgresDatabase:
                 min_size=1,
                 max_size=connections_max,
                 timeout=CONNECT_MAX_S,
-                command_timeout=STATEMENT_MAX_S,
+                command_timeout=statement_max_s,
                 reset=_keep_as_it_is,
                 server_settings={
                     "application_name": "imageway",
@@ -212,11 +218,16 @@ class PostgresDatabase:
         return await self._run(op, "repeatable_read", readonly=True)
 
     async def close(self) -> None:
-        """See ``Database``."""
-        if self._serving:
-            await asyncio.wait(self._serving)
-        self._closed = True
-        await self._pool.close()
+        """See ``Database``; what is not answered within ``CLOSE_MAX_S`` is cut off."""
+        try:
+            async with asyncio.timeout(CLOSE_MAX_S):
+                if self._serving:
+                    await asyncio.wait(self._serving)
+                self._closed = True
+                await self._pool.close()
+        except TimeoutError:
+            self._closed = True
+            self._pool.terminate()
 
     async def _run(
         self, op: Operation[T], isolation: Isolation, *, readonly: bool
@@ -238,7 +249,9 @@ class PostgresDatabase:
             except LockNotAvailableError as error:
                 raise _busy() from error
             except _FAILURES as error:
-                if committing and not readonly and _is_gone(connection):
+                # One that does not answer in time may have heard us.
+                lost = isinstance(error, TimeoutError) or _is_gone(connection)
+                if committing and not readonly and lost:
                     raise _unknown() from error
                 raise _failed() from error
             return value
@@ -261,7 +274,9 @@ class PostgresDatabase:
         try:
             yield connection
         finally:
-            await self._pool.release(connection)
+            # One that cannot be used again is ended: what came of it stays the same.
+            with suppress(*_FAILURES):
+                await self._pool.release(connection, timeout=RELEASE_MAX_S)
 
 
 async def _keep_as_it_is(_: object) -> None:
@@ -322,15 +337,16 @@ class _PostgresTransaction:
         self._connection = connection
 
     async def one(self, sql: str, *params: Value) -> Row | None:
-        rows = await self._connection.fetch(sql, *params)
+        rows = await self._connection.fetch(sql, *_sendable(params))
         assert len(rows) <= 1, sql
         return tuple(rows[0]) if rows else None
 
     async def all(self, sql: str, *params: Value) -> Sequence[Row]:
-        return [tuple(row) for row in await self._connection.fetch(sql, *params)]
+        rows = await self._connection.fetch(sql, *_sendable(params))
+        return [tuple(row) for row in rows]
 
     async def run(self, sql: str, *params: Value) -> int:
-        tag: str = await self._connection.execute(sql, *params)
+        tag: str = await self._connection.execute(sql, *_sendable(params))
         count = tag.rpartition(" ")[2]
         return int(count) if count.isdecimal() else 0
 
@@ -338,7 +354,7 @@ class _PostgresTransaction:
         # One round trip, and as long as it takes the row locks are held.
         sql = _as_one(tuple(change[0] for change in changes))
         params = [param for change in changes for param in change[1:]]
-        (row,) = await self._connection.fetch(sql, *params)
+        (row,) = await self._connection.fetch(sql, *_sendable(params))
         return list(row)
 
     def is_closed(self) -> bool:
@@ -379,6 +395,14 @@ def _moved(sql: str, by: int) -> str:
     return re.sub(r"\$(\d+)", lambda found: f"${int(found[1]) + by}", sql)
 
 
+def _sendable(params: Sequence[Value]) -> list[Value]:
+    # PostgreSQL knows no text with a NUL; upstreams and clients do.
+    return [
+        each.replace("\0", REPLACEMENT) if isinstance(each, str) else each
+        for each in params
+    ]
+
+
 def _typed(error: Exception) -> Exception:
     typed = error
     if isinstance(error, LockNotAvailableError):
@@ -403,5 +427,11 @@ def _unknown() -> StoreUnknownError:
 
 
 def _named(error: BaseException) -> str:
-    # asyncpg's own messages name host, user and database, never the password.
+    # asyncpg's own messages name host, user and database, never the password; others
+    # are about a part of the URL, which may be one of a password.
+    if isinstance(error, ValueError) and not isinstance(error, asyncpg.InterfaceError):
+        return (
+            "its URL is not postgresql://user:password@host:port/name; what is special "
+            "in a password is written as %XX"
+        )
     return str(error) or type(error).__name__
