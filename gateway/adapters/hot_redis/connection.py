@@ -34,9 +34,10 @@ UNANSWERED = (
     RedisClusterException,  # no error of the others' kind: no node can be reached
     OSError,
     TimeoutError,
-    ValueError,  # these three: what answers there is no Redis
+    ValueError,  # these two, and nesting without end: what answers there is no Redis
     TypeError,
-    RecursionError,
+    RuntimeError,  # uvloop's, for a connection that was closed a moment ago
+    AttributeError,  # redis-py's, for the same
 )
 
 Client = Redis | RedisCluster
