@@ -25,6 +25,7 @@ from gateway.adapters.sql.migrations import MIGRATIONS, SchemaTooNewError, migra
 from gateway.adapters.sql.processes import SqlProcesses
 from gateway.adapters.sql.queue import SqlQueue
 from gateway.adapters.sql.reloads import SqlReloads
+from gateway.adapters.sql.reports import SqlReports
 from gateway.adapters.sql.sqlite import SqliteDatabase
 from gateway.adapters.sql.tasks import SqlTaskStore
 from gateway.core.errors import GatewayError, upstream_not_found
@@ -37,6 +38,7 @@ from gateway.flows.credits import ManageTenants
 from gateway.flows.keys import ManageKeys, NewKey
 from gateway.flows.recovery import LOST_AFTER_MS
 from gateway.flows.reload import Asked, AskToReload
+from gateway.flows.statements import ReadCredits
 from gateway.flows.tasks import ManageTasks, ReadTask, TaskView
 from gateway.flows.webhooks import ManageWebhooks
 from gateway.ports import AuditReport, BlobStore
@@ -93,6 +95,7 @@ class Books:
     drains: SqlDrains
     reloads: SqlReloads
     tenants: ManageTenants
+    read: ReadCredits
     keys: ManageKeys
     webhooks: ManageWebhooks
     data_dir: DataDir
@@ -292,6 +295,7 @@ async def open_books(
             drains=SqlDrains(database),
             reloads=SqlReloads(database),
             tenants=ManageTenants(accounts, ledger, clock, chance),
+            read=ReadCredits(SqlReports(database), clock),
             keys=ManageKeys(accounts, clock, chance, secret, announce=announce),
             webhooks=ManageWebhooks(outbox, accounts, clock, secret),
             data_dir=data_dir,

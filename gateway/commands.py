@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gateway.accounting import statement, usage
 from gateway.generating import generate, show_estimate
 from gateway.steering import reload, routes, upstreams
 from gateway.terminal import (
@@ -586,8 +587,9 @@ def estimate(
     show_estimate(app.as_json(priced), as_json=as_json)
 
 
-for _command in (generate, reload, routes, upstreams):
+for _command in (generate, reload, routes, upstreams, usage):
     main.add_command(_command)
+credits_.add_command(statement)
 
 
 @main.command()

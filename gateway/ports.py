@@ -12,6 +12,7 @@ from gateway.core.fleet import Hearing, Notice, Telling
 from gateway.core.ledger import Balance, Settled
 from gateway.core.pricing import CostSource
 from gateway.core.routing import NO_PREFERENCES, Preferences
+from gateway.core.statements import Cursor, Span
 from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
 from gateway.core.webhooks import Answer, Delivery, Places, SigningKey
 from providers.kit.contract import (
@@ -333,6 +334,53 @@ class AuditReport:
     holds_open: int
     settlements: int
     drifts: tuple[Drift, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of a tenant's statement. ``nanocredits`` is below 0 for what was taken.
+
+    ``reference`` is the task of a charge; else that of the grant or refund.
+    ``key_id``, ``variant`` and ``images`` are those of a charge.
+    """
+
+    txn_id: str
+    kind: str
+    nanocredits: int
+    created_ms: int
+    reference: str
+    key_id: str | None = None
+    variant: str | None = None
+    images: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenHold:
+    """Credits set aside for a task that is not over."""
+
+    task_id: str
+    key_id: str
+    variant: str
+    nanocredits: int
+    created_ms: int
+    expires_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """What was used and charged on a day, by a key, of a variant.
+
+    Days are counted from the epoch. None: the report is not broken down by it, or what
+    it sums up is older than the books remember.
+    """
+
+    day: int | None
+    key_id: str | None
+    variant: str | None
+    requests: int
+    images: int
+    charged_nanocredits: int
+    tokens: Usage
 
 
 # --- ports ---
@@ -665,6 +713,28 @@ class Ledger(Protocol):
 
     async def audit(self) -> AuditReport:
         """Recompute every invariant from the rows."""
+        ...
+
+
+class Reports(Protocol):
+    """What became of credits, to be read."""
+
+    async def entries(
+        self, tenant_id: str, span: Span, *, after: Cursor, limit: int
+    ) -> Sequence[Entry]:
+        """Read a tenant's entries, newest first, from behind a place on."""
+        ...
+
+    async def open_holds(
+        self, tenant_id: str, *, offset: int, limit: int
+    ) -> Sequence[OpenHold]:
+        """Read a tenant's open holds, newest first."""
+        ...
+
+    async def usage(
+        self, tenant_id: str, span: Span, by: Sequence[str], *, limit: int
+    ) -> Sequence[UsageRow]:
+        """Sum up what a tenant has used, by some of day, key, model; in that order."""
         ...
 
 

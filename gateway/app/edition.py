@@ -19,7 +19,7 @@ from gateway.adapters.memory import memory_gauge
 from gateway.adapters.outbound import SystemResolver
 from gateway.adapters.webhooks import GuardedSender
 from gateway.api.admin import AdminGate, admin_routes
-from gateway.api.credits import credit_routes
+from gateway.api.credits import CreditsApi, credit_routes
 from gateway.api.errors import internal_error, render_error
 from gateway.api.estimate import estimate_routes
 from gateway.api.files import FileApi, file_routes
@@ -279,7 +279,7 @@ def build_edition(
                 links,
                 renderer,
             ),
-            *credit_routes(authenticate, books.tenants),
+            *credit_routes(authenticate, CreditsApi(books.tenants, books.read)),
             *model_routes(authenticate, catalogue),
             *link_routes(OpenLinks(links, shelves.results, shelves.uploads, clock)),
             *file_routes(file_api),

@@ -21,6 +21,7 @@ from gateway.adapters.sql.ledger import SqlLedger
 from gateway.adapters.sql.migrations import migrate
 from gateway.adapters.sql.postgres import PostgresDatabase
 from gateway.adapters.sql.queue import SqlQueue
+from gateway.adapters.sql.reports import SqlReports
 from gateway.adapters.sql.sqlite import SqliteDatabase
 from gateway.adapters.sql.tasks import SqlTaskStore
 from gateway.core.ledger import Balance
@@ -121,6 +122,10 @@ class Stores:
     @property
     def accounts(self) -> SqlAccounts:
         return SqlAccounts(self.database)
+
+    @property
+    def reports(self) -> SqlReports:
+        return SqlReports(self.database)
 
     @property
     def drains(self) -> SqlDrains:

@@ -46,6 +46,8 @@ from tests.contract.stores import (
 )
 
 T = TypeVar("T")
+SETTLING = """INSERT INTO settlements (task_id, due, charged, absorbed, usage_source,
+    created_ms, tenant_id) VALUES ({})"""
 
 
 @pytest.fixture(params=BACKENDS)
@@ -169,9 +171,9 @@ async def test_what_is_booked_stays_booked(
         "UPDATE accounts SET held = posted + 1",
         "UPDATE accounts SET spent = -1",
         "UPDATE tasks SET state = 'completed' WHERE id = 'task-3'",
-        "INSERT INTO settlements VALUES ('task-3', 10, 5, 4, 'x', 0)",
-        "INSERT INTO settlements VALUES ('task-1', 0, 0, 0, 'x', 0)",
-        "INSERT INTO settlements VALUES ('ghost', 0, 0, 0, 'x', 0)",
+        SETTLING.format("'task-3', 10, 5, 4, 'x', 0, 't-1'"),
+        SETTLING.format("'task-1', 0, 0, 0, 'x', 0, 't-1'"),
+        SETTLING.format("'ghost', 0, 0, 0, 'x', 0, 't-1'"),
     ],
 )
 async def test_the_schema_itself_refuses_what_is_wrong(
@@ -246,12 +248,11 @@ PLANTED = {
     "a hold is settled once": (
         "task-1",
         # With its rules gone, a table takes what it is given.
-        """INSERT INTO settlements SELECT task_id, due, charged, absorbed,
-            usage_source, created_ms FROM settlements WHERE task_id = 'task-1'""",
+        "INSERT INTO settlements SELECT * FROM settlements WHERE task_id = 'task-1'",
     ),
     "a settlement closes a hold": (
         "ghost",
-        "INSERT INTO settlements VALUES ('ghost', 0, 0, 0, 'none', 0)",
+        SETTLING.format("'ghost', 0, 0, 0, 'none', 0, 't-1'"),
     ),
     "charged and absorbed make up what is due": (
         "task-1",

@@ -312,6 +312,70 @@ MIGRATIONS = (
             "ALTER TABLE processes ADD COLUMN reload_problem TEXT",
         ),
     ),
+    Migration(
+        statements=(
+            # Made anew, since SQLite cannot widen a CHECK. An entry has a fixed place
+            # among those of its account: a statement is read from there on.
+            """CREATE TABLE entries_anew (
+                txn_id TEXT NOT NULL,
+                account TEXT NOT NULL,
+                nanocredits BIGINT NOT NULL CHECK (nanocredits <> 0),
+                kind TEXT NOT NULL
+                    CHECK (kind IN ('grant', 'charge', 'refund', 'expiry')),
+                reference TEXT NOT NULL,
+                created_ms BIGINT NOT NULL,
+                PRIMARY KEY (txn_id, account)
+            )""",
+            """INSERT INTO entries_anew
+            SELECT txn_id, account, nanocredits, kind, reference, created_ms
+            FROM entries""",
+            "DROP TABLE entries",
+            "ALTER TABLE entries_anew RENAME TO entries",
+            """CREATE INDEX entries_by_account
+            ON entries (account, created_ms, txn_id)""",
+            # What was used and at which price stands beside the charge: the task's own
+            # row is forgotten after 30 days.
+            """CREATE TABLE settlements_anew (
+                task_id TEXT PRIMARY KEY REFERENCES holds (task_id),
+                due BIGINT NOT NULL CHECK (due >= 0),
+                charged BIGINT NOT NULL CHECK (charged >= 0),
+                absorbed BIGINT NOT NULL CHECK (absorbed >= 0),
+                usage_source TEXT NOT NULL,
+                created_ms BIGINT NOT NULL,
+                tenant_id TEXT NOT NULL,
+                key_id TEXT,
+                variant TEXT,
+                images BIGINT NOT NULL DEFAULT 0,
+                text_input BIGINT,
+                text_cached BIGINT,
+                image_input BIGINT,
+                image_cached BIGINT,
+                image_output BIGINT,
+                text_input_price BIGINT,
+                text_cached_price BIGINT,
+                image_input_price BIGINT,
+                image_cached_price BIGINT,
+                image_output_price BIGINT,
+                multiplier BIGINT,
+                CHECK (charged + absorbed = due)
+            )""",
+            """INSERT INTO settlements_anew (task_id, due, charged, absorbed,
+                usage_source, created_ms, tenant_id, key_id, variant, images,
+                text_input, text_cached, image_input, image_cached, image_output)
+            SELECT s.task_id, s.due, s.charged, s.absorbed, s.usage_source,
+                s.created_ms, h.tenant_id, t.key_id, t.variant,
+                (SELECT COUNT(*) FROM results r WHERE r.task_id = s.task_id),
+                t.text_input, t.text_cached, t.image_input, t.image_cached,
+                t.image_output
+            FROM settlements s JOIN holds h ON h.task_id = s.task_id
+            LEFT JOIN tasks t ON t.id = s.task_id""",
+            "DROP TABLE settlements",
+            "ALTER TABLE settlements_anew RENAME TO settlements",
+            """CREATE INDEX settlements_by_tenant
+            ON settlements (tenant_id, created_ms)""",
+        ),
+        immutable_tables=("entries", "settlements"),
+    ),
 )
 """Step n of the schema stands at n - 1."""
 

@@ -54,7 +54,8 @@ STATEMENTS_CACHED = 256
 POSTGRES = Dialect(
     blob="BYTEA",
     immutable=(
-        """CREATE FUNCTION {table}_refuse() RETURNS trigger LANGUAGE plpgsql AS
+        """CREATE OR REPLACE FUNCTION {table}_refuse() RETURNS trigger
+        LANGUAGE plpgsql AS
         $$ BEGIN RAISE EXCEPTION '{table} is append only'; END $$""",
         """CREATE TRIGGER {table}_refuses_changes
         BEFORE UPDATE OR DELETE OR TRUNCATE ON {table}

@@ -449,31 +449,22 @@ async def finish_task(tx: Transaction, end: TaskEnd) -> Settled:
         end.task_id,
     )
     task = await tx.one(
-        """SELECT h.nanocredits, t.mode, t.state, t.callback_url, s.charged, s.absorbed
+        """SELECT h.nanocredits, t.mode, t.state, t.callback_url, s.charged, s.absorbed,
+            t.key_id, t.variant
         FROM tasks t JOIN holds h ON h.task_id = t.id
         LEFT JOIN settlements s ON s.task_id = t.id WHERE t.id = $1""",
         end.task_id,
     )
     if task is None or account is None:
         raise NotFoundError(f"there is no task {end.task_id!r}")
-    held, mode, state, callback_url, charged, absorbed = task
+    held, mode, state, callback_url, charged, absorbed, *sold = task
     if charged is not None:
         return Settled(charged, absorbed)
     after, settled = settle(Balance(*account[1:]), held, end.due_nanocredits)
     is_async = int(mode == DeliveryMode.ASYNC.value)
     waiting = int(state == TaskState.PENDING.value)
     _, _, closed, *_ = await tx.changes(
-        (
-            """INSERT INTO settlements
-                (task_id, due, charged, absorbed, usage_source, created_ms)
-            VALUES ($1, $2, $3, $4, $5, $6)""",
-            end.task_id,
-            end.due_nanocredits,
-            settled.charged,
-            settled.absorbed,
-            end.usage_source,
-            end.finished_ms,
-        ),
+        _settling(end, settled, account[0], *sold),
         (
             """UPDATE accounts SET posted = $2, held = $3, spent = $4,
                 queued = queued - $5, running = running - $6
@@ -518,8 +509,43 @@ async def check_fence(tx: Transaction, task_id: str, fence: int) -> None:
         raise FencedError(task_id)
 
 
+def _settling(
+    end: TaskEnd, settled: Settled, tenant_id: str, key_id: str, variant: str
+) -> Change:
+    return (
+        """INSERT INTO settlements (task_id, due, charged, absorbed, usage_source,
+            created_ms, tenant_id, key_id, variant, images, text_input, text_cached,
+            image_input, image_cached, image_output)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)""",
+        end.task_id,
+        end.due_nanocredits,
+        settled.charged,
+        settled.absorbed,
+        end.usage_source,
+        end.finished_ms,
+        tenant_id,
+        key_id,
+        variant,
+        len(end.results),
+        *_tokens(end.usage),
+    )
+
+
+def _tokens(
+    usage: Usage | None,
+) -> tuple[int | None, int | None, int | None, int | None, int | None]:
+    if usage is None:
+        return (None, None, None, None, None)
+    return (
+        usage.text_input,
+        usage.text_cached,
+        usage.image_input,
+        usage.image_cached,
+        usage.image_output,
+    )
+
+
 def _closing(end: TaskEnd) -> Change:
-    usage = end.usage
     return (
         """UPDATE tasks SET state = $2, finished_ms = $3, answer_json = $4,
             error_json = $5, text_input = $6, text_cached = $7, image_input = $8,
@@ -532,11 +558,7 @@ def _closing(end: TaskEnd) -> Change:
         end.finished_ms,
         end.answer_json,
         end.error_json,
-        usage.text_input if usage else None,
-        usage.text_cached if usage else None,
-        usage.image_input if usage else None,
-        usage.image_cached if usage else None,
-        usage.image_output if usage else None,
+        *_tokens(end.usage),
         end.route_json,
         end.fence,
     )

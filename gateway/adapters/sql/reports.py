@@ -1,0 +1,116 @@
+"""What became of credits, in SQL: statements, open holds, usage. Only reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from gateway.adapters.sql.database import Database, Row
+from gateway.core.ledger import tenant_account
+from gateway.core.statements import DAY_MS, Cursor, Span
+from gateway.ports import Entry, OpenHold, UsageRow
+from providers.kit.contract import Usage
+
+_DIMENSIONS = {
+    "day": f"created_ms / {DAY_MS}",
+    "key": "key_id",
+    "model": "variant",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SqlReports:
+    """The ``Reports`` port over any SQL database."""
+
+    database: Database
+
+    async def entries(
+        self, tenant_id: str, span: Span, *, after: Cursor, limit: int
+    ) -> Sequence[Entry]:
+        """See ``Reports``. A page costs the same wherever it is."""
+        rows = await self.database.read(
+            lambda tx: tx.all(
+                """SELECT e.txn_id, e.kind, e.nanocredits, e.created_ms,
+                    CASE e.kind WHEN 'charge' THEN e.reference
+                        ELSE substr(e.reference, CAST($8 AS INTEGER)) END,
+                    s.key_id, s.variant, s.images
+                FROM (SELECT txn_id, kind, nanocredits, reference, created_ms
+                    FROM entries WHERE account = $1
+                        AND created_ms >= $2 AND created_ms < $3
+                        AND (created_ms, txn_id) < ($4, $5)
+                    ORDER BY created_ms DESC, txn_id DESC LIMIT $6) e
+                LEFT JOIN settlements s
+                    ON s.task_id = e.reference AND s.tenant_id = $7
+                        AND e.kind = 'charge'
+                ORDER BY e.created_ms DESC, e.txn_id DESC""",
+                tenant_account(tenant_id),
+                span.from_ms,
+                span.to_ms,
+                after.created_ms,
+                after.txn_id,
+                limit,
+                tenant_id,
+                len(tenant_id) + 2,
+            )
+        )
+        return [Entry(*row) for row in rows]
+
+    async def open_holds(
+        self, tenant_id: str, *, offset: int, limit: int
+    ) -> Sequence[OpenHold]:
+        """See ``Reports``. An open hold is that of a task that is not over."""
+        rows = await self.database.read(
+            lambda tx: tx.all(
+                """SELECT h.task_id, t.key_id, t.variant, h.nanocredits, h.created_ms,
+                    h.expires_ms
+                FROM tasks t JOIN holds h ON h.task_id = t.id
+                WHERE t.tenant_id = $1 AND t.finished_ms IS NULL
+                ORDER BY h.created_ms DESC, h.task_id DESC LIMIT $2 OFFSET $3""",
+                tenant_id,
+                limit,
+                offset,
+            )
+        )
+        return [OpenHold(*row) for row in rows]
+
+    async def usage(
+        self, tenant_id: str, span: Span, by: Sequence[str], *, limit: int
+    ) -> Sequence[UsageRow]:
+        """See ``Reports``."""
+        rows = await self.database.read(
+            lambda tx: tx.all(
+                _usage_sql(tuple(by)), tenant_id, span.from_ms, span.to_ms, limit
+            )
+        )
+        return [_usage(row) for row in rows]
+
+
+@lru_cache(maxsize=8)
+def _usage_sql(by: tuple[str, ...]) -> str:
+    chosen = ", ".join(
+        f"{sql if name in by else 'NULL'} AS {name}_"
+        for name, sql in _DIMENSIONS.items()
+    )
+    groups = ", ".join(f"{_DIMENSIONS[name]}" for name in by)
+    sums = ", ".join(
+        f"CAST(COALESCE(SUM({name}), 0) AS BIGINT)"
+        for name in (
+            "images",
+            "charged",
+            "text_input",
+            "text_cached",
+            "image_input",
+            "image_cached",
+            "image_output",
+        )
+    )
+    last = f"GROUP BY {groups} ORDER BY {groups}" if by else "HAVING COUNT(*) > 0"
+    return f"""SELECT {chosen}, COUNT(*), {sums} FROM settlements
+    WHERE tenant_id = $1 AND created_ms >= $2 AND created_ms < $3
+        AND usage_source <> 'none' {last} LIMIT $4"""  # noqa: S608 - constants
+
+
+def _usage(row: Row) -> UsageRow:
+    day, key_id, variant, requests, images, charged, *tokens = row
+    return UsageRow(day, key_id, variant, requests, images, charged, Usage(*tokens))
