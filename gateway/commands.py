@@ -609,7 +609,8 @@ def audit(config: Path | None, data_dir: Path | None, *, as_json: bool) -> None:
         for name in ("tenants", "entries", "holds_open", "settlements")
     )
     drifts = [
-        f"{d['invariant']}: {d['subject']}: {d['detail']}" for d in report["drifts"]
+        f"{d['rule']} {d['invariant']}: {d['subject']}: {d['detail']}"
+        for d in report["drifts"]
     ]
     verdict = "clean" if report["clean"] else "DRIFT"
     show(report, "\n".join([f"{verdict} ({counts})", *drifts]), as_json=as_json)

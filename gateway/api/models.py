@@ -11,10 +11,17 @@ from litestar.params import FromPath
 
 from gateway.api.http import AnyRequest
 from gateway.api.render import number
-from gateway.core.catalogue import Catalogue, TokenPrice, TokenRule, Variant
+from gateway.core.catalogue import (
+    MILLIONTHS,
+    Catalogue,
+    TenantPrice,
+    TokenRule,
+    Variant,
+)
 from gateway.core.errors import NotFoundError
 from gateway.core.requests import PROMPT_MAX_CHARS
 from gateway.core.sizes import AREA_MAX_PX, AREA_MIN_PX, EDGE_MAX_PX
+from gateway.core.terms import priced
 from gateway.flows.keys import Authenticate
 
 OWNER = "imageway"
@@ -30,14 +37,17 @@ def model_routes(
         request: AnyRequest,
     ) -> Response[bytes]:
         """List the variants, retired ones too."""
-        await authenticate(request.headers.get("authorization"))
-        data = [_model(variant, catalogue) for variant in catalogue.variants.values()]
+        key = await authenticate(request.headers.get("authorization"))
+        data = [
+            _model(priced(variant, key.terms), catalogue)
+            for variant in catalogue.variants.values()
+        ]
         return _json({"object": "list", "data": data})
 
     @get("/v1/models/{model:str}")
     async def get_model(request: AnyRequest, model: FromPath[str]) -> Response[bytes]:
         """Return one variant by its name or an alias."""
-        await authenticate(request.headers.get("authorization"))
+        key = await authenticate(request.headers.get("authorization"))
         variant = catalogue.variant(model)
         if variant is None:
             raise NotFoundError(
@@ -45,7 +55,7 @@ def model_routes(
                 param="model",
                 code="model_not_found",
             )
-        return _json(_model(variant, catalogue))
+        return _json(_model(priced(variant, key.terms), catalogue))
 
     return [list_models, get_model]
 
@@ -65,7 +75,7 @@ def _model(variant: Variant, catalogue: Catalogue) -> dict[str, object]:
         "status": status,
         "aliases": sorted(variant.aliases),
         "successor": variant.successor,
-        "pricing": _price(variant.price),
+        "pricing": _price(variant.tenant_price),
         "limits": _limits(variant),
     }
     if variant.shutdown_on is not None:
@@ -74,8 +84,9 @@ def _model(variant: Variant, catalogue: Catalogue) -> dict[str, object]:
     return model
 
 
-def _price(price: TokenPrice) -> dict[str, object]:
-    return {
+def _price(of_tenant: TenantPrice) -> dict[str, object]:
+    price = of_tenant.card
+    shown: dict[str, object] = {
         "unit": "credits per 1K tokens",
         "text_input": number(price.text_input * 1000),
         "text_cached_input": number(price.text_cached * 1000),
@@ -83,6 +94,9 @@ def _price(price: TokenPrice) -> dict[str, object]:
         "image_cached_input": number(price.image_cached * 1000),
         "image_output": number(price.image_output * 1000),
     }
+    if of_tenant.multiplier_millionths != MILLIONTHS:
+        shown["multiplier"] = number(of_tenant.multiplier_millionths * 1000)
+    return shown
 
 
 def _limits(variant: Variant) -> dict[str, object]:

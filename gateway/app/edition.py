@@ -34,7 +34,7 @@ from gateway.api.tasks import task_routes
 from gateway.api.upstreams import Explain, explain_routes, upstream_routes
 from gateway.api.webhooks import webhook_admin_routes, webhook_routes
 from gateway.app.standing import Standing
-from gateway.books import Books, StartError
+from gateway.books import Books, StartError, callback_rules
 from gateway.core.addresses import UrlRules
 from gateway.core.catalogue import Catalogue
 from gateway.core.errors import (
@@ -106,8 +106,8 @@ class Outside:
 def reach_outside(settings: Settings) -> Outside:
     """Build what reaches addresses that callers name, as far as the config allows."""
     clock, resolver = SystemClock(), SystemResolver()
-    webhooks, inputs = settings.webhooks, settings.inputs
-    rules = CallbackRules(webhooks.ports, webhooks.allow_networks)
+    inputs = settings.inputs
+    rules = callback_rules(settings)
     schemes = ("https", "http") if inputs.allow_http else ("https",)
     fetcher = GuardedFetcher(
         clock,
@@ -262,6 +262,8 @@ def build_edition(
     )
 
     async def rendered(delivery: Delivery) -> bytes:
+        if delivery.body is not None:
+            return delivery.body.encode()
         view = await read_task(delivery.task_id, delivery.tenant_id)
         origin = view.record.origin if view.record is not None else ""
         link_to = links.at(settings.server.public_url.rstrip("/") or origin)

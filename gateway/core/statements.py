@@ -167,5 +167,10 @@ def moment_text(at_ms: int) -> str:
     return moment.isoformat().replace("+00:00", "Z")
 
 
+def moment_or_none(at_ms: int | None) -> str | None:
+    """Write a time, if there is one."""
+    return None if at_ms is None else moment_text(at_ms)
+
+
 def _start_ms(day: date) -> int:
     return (day - date(1970, 1, 1)).days * DAY_MS

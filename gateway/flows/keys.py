@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from gateway.core import keys as rules
-from gateway.core.errors import NotFoundError, UnauthorizedError
+from gateway.core.errors import NotFoundError, UnauthorizedError, tenant_suspended
 from gateway.core.fleet import Notice, Topic
 from gateway.core.routing import NO_PREFERENCES, Preferences
 from gateway.ports import Accounts, Chance, Clock, Key, Tenant
@@ -43,6 +43,7 @@ class Authenticate:
 
         Raises:
             UnauthorizedError: none is given, or it is malformed, unknown or revoked.
+            ForbiddenError: its tenant is suspended.
         """
         text = bearer(authorization)
         if text is None:
@@ -63,6 +64,8 @@ class Authenticate:
             raise UnauthorizedError(
                 "The API key was revoked. Use another one.", code="key_disabled"
             )
+        if key.suspended:
+            raise tenant_suspended()
         return key
 
     async def _find(self, digest: bytes) -> Key | None:

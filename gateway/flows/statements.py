@@ -29,6 +29,7 @@ ENTRY_COLUMNS = (
     "model",
     "key_id",
     "images",
+    "note",
 )
 USAGE_COLUMNS = (
     "day",
@@ -122,11 +123,12 @@ def entry_row(entry: Entry) -> dict[str, Cell]:
         "id": entry.txn_id,
         "kind": entry.kind,
         "credits": decimal_text(entry.nanocredits),
-        "task_id": entry.reference if is_charge else None,
+        "task_id": entry.task_id,
         "reference": None if is_charge else entry.reference,
         "model": entry.variant,
         "key_id": entry.key_id,
         "images": entry.images,
+        "note": entry.note,
     }
 
 

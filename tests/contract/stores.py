@@ -24,9 +24,18 @@ from gateway.adapters.sql.queue import SqlQueue
 from gateway.adapters.sql.reports import SqlReports
 from gateway.adapters.sql.sqlite import SqliteDatabase
 from gateway.adapters.sql.tasks import SqlTaskStore
+from gateway.adapters.sql.tenants import SqlTenants
 from gateway.core.ledger import Balance
 from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
-from gateway.ports import AttemptEnd, NewAttempt, NewTask, StoredResult, TaskEnd, Tenant
+from gateway.ports import (
+    AttemptEnd,
+    Mark,
+    NewAttempt,
+    NewTask,
+    StoredResult,
+    TaskEnd,
+    Tenant,
+)
 from providers.kit.contract import Billed, Usage
 from tests.servers import postgres_database
 
@@ -60,7 +69,10 @@ class Sqlite:
         return database
 
     def corrupting(self, sql: str) -> tuple[str, ...]:
-        tables = ("entries", "grants", "holds", "settlements", "cost_book")
+        tables = (
+            *("entries", "grants", "holds", "settlements", "cost_book"),
+            *("draws", "refunds", "trail"),
+        )
         triggers = (
             f"DROP TRIGGER IF EXISTS {table}_refuses_{verb}"
             for table in tables
@@ -118,6 +130,10 @@ class Stores:
     @property
     def ledger(self) -> SqlLedger:
         return SqlLedger(self.database)
+
+    @property
+    def tenants(self) -> SqlTenants:
+        return SqlTenants(self.database)
 
     @property
     def accounts(self) -> SqlAccounts:
@@ -232,6 +248,10 @@ class _Noting:
     async def changes(self, *changes: Any) -> list[int]:
         self.statements.update(change[0] for change in changes)
         return await self.inner.changes(*changes)
+
+
+def a_mark(change_id: str = "chg-1", at_ms: int = NOW_MS) -> Mark:
+    return Mark(change_id, "a test", at_ms)
 
 
 def a_task(task_id: str = "task-1", **changes: Any) -> NewTask:

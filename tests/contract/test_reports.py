@@ -66,6 +66,8 @@ async def test_a_statement_tells_what_came_and_went_newest_first(
             -60,
             NOW_MS + 5,
             "task-1",
+            "task-1",
+            None,
             "key-1",
             "gpt-image-2",
             1,

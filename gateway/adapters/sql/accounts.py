@@ -9,6 +9,7 @@ from gateway.adapters.sql.database import Database, Row, Transaction
 from gateway.core.errors import ConflictError, NotFoundError
 from gateway.core.ledger import Balance
 from gateway.core.preferences import routing_from_text, routing_text
+from gateway.core.terms import terms_from
 from gateway.core.webhooks import SECRETS_MAX, SigningKey, check_rotation
 from gateway.ports import Key, Tenant
 
@@ -21,7 +22,7 @@ class SqlAccounts:
 
     async def add_tenant(self, tenant: Tenant, *, now_ms: int) -> None:
         """See ``Accounts``; its account is opened with it, at zero."""
-        await self.database.write(lambda tx: _add_tenant(tx, tenant, now_ms))
+        await self.database.write(lambda tx: open_account(tx, tenant, now_ms))
 
     async def tenant_named(self, name: str) -> Tenant | None:
         """See ``Accounts``."""
@@ -54,9 +55,7 @@ class SqlAccounts:
         """See ``Accounts``."""
         row = await self.database.read(
             lambda tx: tx.one(
-                """SELECT id, tenant_id, digest, display, delivery,
-                    created_ms, revoked_ms, routing_json
-                FROM keys WHERE digest = $1""",
+                f"{_KEYS} WHERE k.digest = $1",
                 digest,
             )
         )
@@ -66,9 +65,7 @@ class SqlAccounts:
         """See ``Accounts``."""
         row = await self.database.read(
             lambda tx: tx.one(
-                """SELECT id, tenant_id, digest, display, delivery,
-                    created_ms, revoked_ms, routing_json
-                FROM keys WHERE id = $1""",
+                f"{_KEYS} WHERE k.id = $1",
                 key_id,
             )
         )
@@ -78,9 +75,7 @@ class SqlAccounts:
         """See ``Accounts``."""
         rows = await self.database.read(
             lambda tx: tx.all(
-                """SELECT id, tenant_id, digest, display, delivery,
-                    created_ms, revoked_ms, routing_json
-                FROM keys WHERE tenant_id = $1 ORDER BY created_ms, id""",
+                f"{_KEYS} WHERE k.tenant_id = $1 ORDER BY k.created_ms, k.id",
                 tenant_id,
             )
         )
@@ -109,7 +104,12 @@ class SqlAccounts:
         return await self.database.write(lambda tx: _rotate(tx, key_id, now_ms))
 
 
-async def _add_tenant(tx: Transaction, tenant: Tenant, now_ms: int) -> None:
+async def open_account(tx: Transaction, tenant: Tenant, now_ms: int) -> None:
+    """Write a tenant and its account; a part of a larger transaction.
+
+    Raises:
+        ConflictError: the name is taken.
+    """
     added = await tx.run(
         """INSERT INTO tenants (id, name, created_ms) VALUES ($1, $2, $3)
         ON CONFLICT DO NOTHING""",
@@ -182,6 +182,17 @@ async def _rotate(tx: Transaction, key_id: str, now_ms: int) -> SigningKey | Non
     return await _signing_key(tx, key_id)
 
 
+_KEYS = """SELECT k.id, k.tenant_id, k.digest, k.display, k.delivery, k.created_ms,
+    k.revoked_ms, k.routing_json, a.suspended_ms, t.multiplier, t.prices_json
+FROM keys k JOIN accounts a ON a.tenant_id = k.tenant_id
+JOIN tenants t ON t.id = k.tenant_id"""
+
+
 def _key(row: Row) -> Key:
-    key = Key(*row[:-1])
-    return replace(key, routing=routing_from_text(row[-1]))
+    routing, suspended_ms, multiplier, prices = row[7:]
+    return replace(
+        Key(*row[:7]),
+        routing=routing_from_text(routing),
+        terms=terms_from(multiplier, prices),
+        suspended=suspended_ms is not None,
+    )

@@ -373,8 +373,70 @@ MIGRATIONS = (
             "ALTER TABLE settlements_anew RENAME TO settlements",
             """CREATE INDEX settlements_by_tenant
             ON settlements (tenant_id, created_ms)""",
+            "ALTER TABLE grants ADD COLUMN expires_ms BIGINT",
+            "ALTER TABLE grants ADD COLUMN note TEXT",
+            # What is left of each grant that ends: a cache of grants and draws, kept in
+            # the same transactions. ``accounts.lots`` counts a tenant's, so that who
+            # has none pays nothing for it.
+            """CREATE TABLE lots (
+                tenant_id TEXT NOT NULL REFERENCES tenants (id),
+                reference TEXT NOT NULL,
+                expires_ms BIGINT NOT NULL,
+                nanocredits BIGINT NOT NULL CHECK (nanocredits > 0),
+                PRIMARY KEY (tenant_id, reference)
+            )""",
+            "CREATE INDEX lots_by_end ON lots (expires_ms)",
+            """ALTER TABLE accounts ADD COLUMN lots BIGINT NOT NULL DEFAULT 0
+                CHECK (lots >= 0)""",
+            # What was taken out of a grant that ends, by which transaction.
+            """CREATE TABLE draws (
+                txn_id TEXT NOT NULL,
+                tenant_id TEXT NOT NULL,
+                reference TEXT NOT NULL,
+                kind TEXT NOT NULL CHECK (kind IN ('charge', 'expiry')),
+                nanocredits BIGINT NOT NULL CHECK (nanocredits > 0),
+                created_ms BIGINT NOT NULL,
+                PRIMARY KEY (txn_id, tenant_id, reference),
+                FOREIGN KEY (tenant_id, reference)
+                    REFERENCES grants (tenant_id, reference)
+            )""",
+            "CREATE INDEX draws_by_grant ON draws (tenant_id, reference)",
+            """CREATE TABLE refunds (
+                tenant_id TEXT NOT NULL REFERENCES tenants (id),
+                reference TEXT NOT NULL,
+                task_id TEXT NOT NULL REFERENCES holds (task_id),
+                nanocredits BIGINT NOT NULL CHECK (nanocredits > 0),
+                note TEXT,
+                created_ms BIGINT NOT NULL,
+                PRIMARY KEY (tenant_id, reference)
+            )""",
+            "CREATE INDEX refunds_by_task ON refunds (task_id)",
+            "ALTER TABLE accounts ADD COLUMN suspended_ms BIGINT",
+            """ALTER TABLE tenants ADD COLUMN multiplier BIGINT NOT NULL
+                DEFAULT 1000000 CHECK (multiplier > 0)""",
+            "ALTER TABLE tenants ADD COLUMN prices_json TEXT",
+            "ALTER TABLE tenants ADD COLUMN low_nanocredits BIGINT",
+            "ALTER TABLE tenants ADD COLUMN low_url TEXT",
+            "ALTER TABLE tenants ADD COLUMN low_key_id TEXT",
+            "ALTER TABLE tenants ADD COLUMN low_told_ms BIGINT",
+            # The body of a webhook that tells of no task.
+            "ALTER TABLE deliveries ADD COLUMN body TEXT",
+            # What an invoice names a call by; the attempt is forgotten after 30 days.
+            "ALTER TABLE cost_book ADD COLUMN job_id TEXT",
+            """CREATE TABLE trail (
+                id TEXT PRIMARY KEY,
+                at_ms BIGINT NOT NULL,
+                who TEXT NOT NULL,
+                what TEXT NOT NULL,
+                tenant_id TEXT,
+                subject TEXT NOT NULL,
+                before_json TEXT,
+                after_json TEXT
+            )""",
+            "CREATE INDEX trail_by_time ON trail (at_ms, id)",
+            "CREATE INDEX trail_by_tenant ON trail (tenant_id, at_ms, id)",
         ),
-        immutable_tables=("entries", "settlements"),
+        immutable_tables=("entries", "settlements", "draws", "refunds", "trail"),
     ),
 )
 """Step n of the schema stands at n - 1."""

@@ -31,18 +31,22 @@ class SqlReports:
         """See ``Reports``. A page costs the same wherever it is."""
         rows = await self.database.read(
             lambda tx: tx.all(
-                """SELECT e.txn_id, e.kind, e.nanocredits, e.created_ms,
-                    CASE e.kind WHEN 'charge' THEN e.reference
-                        ELSE substr(e.reference, CAST($8 AS INTEGER)) END,
+                """SELECT e.txn_id, e.kind, e.nanocredits, e.created_ms, e.name,
+                    COALESCE(s.task_id, r.task_id), COALESCE(g.note, r.note),
                     s.key_id, s.variant, s.images
-                FROM (SELECT txn_id, kind, nanocredits, reference, created_ms
+                FROM (SELECT txn_id, kind, nanocredits, created_ms,
+                        CASE kind WHEN 'charge' THEN reference
+                            ELSE substr(reference, CAST($8 AS INTEGER)) END AS name
                     FROM entries WHERE account = $1
                         AND created_ms >= $2 AND created_ms < $3
                         AND (created_ms, txn_id) < ($4, $5)
                     ORDER BY created_ms DESC, txn_id DESC LIMIT $6) e
-                LEFT JOIN settlements s
-                    ON s.task_id = e.reference AND s.tenant_id = $7
-                        AND e.kind = 'charge'
+                LEFT JOIN settlements s ON e.kind = 'charge'
+                    AND s.task_id = e.name AND s.tenant_id = $7
+                LEFT JOIN grants g ON e.kind = 'grant'
+                    AND g.reference = e.name AND g.tenant_id = $7
+                LEFT JOIN refunds r ON e.kind = 'refund'
+                    AND r.reference = e.name AND r.tenant_id = $7
                 ORDER BY e.created_ms DESC, e.txn_id DESC""",
                 tenant_account(tenant_id),
                 span.from_ms,
