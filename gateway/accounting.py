@@ -3,19 +3,33 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from gateway.terminal import Command, listed, print_json, with_books
+from gateway.terminal import (
+    EXIT_FAILED,
+    Command,
+    fail,
+    listed,
+    print_json,
+    read_settings,
+    show,
+    show_rows,
+    with_books,
+    with_settings,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from gateway.books import Books
     from gateway.core.tables import Cell
+    from gateway.flows.margin import Reconciled
 
 CSV_ROWS_AT_ONCE = 1_000
 _TENANT = click.option("--tenant", required=True, help="The tenant's name.")
@@ -102,6 +116,351 @@ def usage(
         table.end()
 
     with_books(config, data_dir, run)
+
+
+def _amount(text: str | None) -> int | None:
+    from gateway.core.terms import amount_nano
+
+    return None if text is None else amount_nano(text, "credits")
+
+
+@click.command("refund")
+@listed
+@_TENANT
+@click.option("--credits", "amount", help="A part of the charge. Default: the rest.")
+@click.option("--reference", help="The same reference again changes nothing.")
+@click.option("--note", help="Why.")
+@click.argument("task_id")
+def refund(
+    config: Path | None,
+    data_dir: Path | None,
+    *,
+    as_json: bool,
+    tenant: str,
+    amount: str | None,
+    reference: str | None,
+    note: str | None,
+    task_id: str,
+) -> None:
+    """Give back what a task was charged, or a part of it."""
+
+    async def run(books: Books) -> dict[str, str]:
+        from gateway.flows.credits import balance_texts
+
+        after = await books.tenants.refund(
+            await books.tenants.named(tenant),
+            task_id,
+            nanocredits=_amount(amount),
+            reference=reference,
+            note=note,
+        )
+        return balance_texts(after)
+
+    balance = with_books(config, data_dir, run)
+    show(balance, f"{tenant} now has {balance['available']} credits", as_json=as_json)
+
+
+@click.command("grants")
+@listed
+@_TENANT
+def grants(
+    config: Path | None, data_dir: Path | None, *, as_json: bool, tenant: str
+) -> None:
+    """List a tenant's grants, newest first, and what is left of those that end."""
+
+    async def run(books: Books) -> None:
+        from gateway.flows.credits import grant_facts
+
+        owner = await books.tenants.named(tenant)
+        columns = ("created_at", "reference", "credits", "expires_at", "left", "note")
+        table = Table(columns, as_json=as_json, as_csv=False)
+        offset = 0
+        while found := await books.tenants.grants(owner.id, offset=offset, limit=1_000):
+            for grant in found:
+                table.add(grant_facts(grant))
+            offset += len(found)
+        table.end()
+
+    with_books(config, data_dir, run)
+
+
+@click.command("holds")
+@listed
+@_TENANT
+@click.option("--limit", type=click.IntRange(1, 10_000), default=1_000)
+def holds(
+    config: Path | None,
+    data_dir: Path | None,
+    *,
+    as_json: bool,
+    tenant: str,
+    limit: int,
+) -> None:
+    """List what is set aside for tasks that are not over."""
+
+    async def run(books: Books) -> list[dict[str, str]]:
+        from gateway.core.money import decimal_text
+        from gateway.core.statements import moment_text
+
+        owner = await books.tenants.named(tenant)
+        return [
+            {
+                "task_id": each.task_id,
+                "key_id": each.key_id,
+                "model": each.variant,
+                "credits": decimal_text(each.nanocredits),
+                "created_at": moment_text(each.created_ms),
+                "expires_at": moment_text(each.expires_ms),
+            }
+            for each in await books.read.open_holds(owner.id, offset=0, limit=limit)
+        ]
+
+    show_rows(with_books(config, data_dir, run), as_json=as_json)
+
+
+def _tenant_command(name: str, text: str) -> click.Command:
+    @click.command(name, help=text)
+    @listed
+    @click.argument("tenant")
+    def run_it(
+        config: Path | None, data_dir: Path | None, *, as_json: bool, tenant: str
+    ) -> None:
+        async def run(books: Books) -> dict[str, Any]:
+            from gateway.flows.credits import tenant_facts
+
+            record = await books.tenants.record(tenant)
+            if name == "suspend":
+                record = await books.tenants.suspend(record.id)
+            elif name == "resume":
+                record = await books.tenants.resume(record.id)
+            return tenant_facts(record)
+
+        _show_facts(with_books(config, data_dir, run), as_json=as_json)
+
+    return run_it
+
+
+show_tenant = _tenant_command("show", "Show a tenant: what it has, and what is set.")
+suspend = _tenant_command("suspend", "Take nothing new for a tenant; what runs ends.")
+resume = _tenant_command("resume", "Let a suspended tenant go on.")
+
+
+@click.command("set")
+@listed
+@click.argument("tenant")
+@click.option("--price-multiplier", help="What prices are multiplied by: 0.85.")
+@click.option("--prices", help="Own prices as JSON; see docs/credits.md.")
+@click.option("--low-balance", help="Tell when fewer credits are left.")
+@click.option("--webhook-url", help="Where a low balance is told.")
+@click.option("--webhook-key", help="The key whose secret signs that: key_….")
+def set_tenant(
+    config: Path | None,
+    data_dir: Path | None,
+    *,
+    as_json: bool,
+    tenant: str,
+    **options: str | None,
+) -> None:
+    """Change a tenant's prices, or its warning; "none" takes one away."""
+    settings = read_settings(config, data_dir, {}, adapters=False)
+    given = _settings_given(options)
+
+    async def run(books: Books) -> dict[str, Any]:
+        from gateway.flows.credits import tenant_facts
+
+        record = await books.tenants.record(tenant)
+        changed = await books.tenants.change(record.id, given, settings.variants)
+        return tenant_facts(changed)
+
+    _show_facts(with_settings(settings, run), as_json=as_json)
+
+
+def _settings_given(options: dict[str, str | None]) -> dict[str, object]:
+    given: dict[str, object] = {}
+    if options["price_multiplier"] is not None:
+        given["price_multiplier"] = _or_none(options["price_multiplier"])
+    if options["prices"] is not None:
+        given["prices"] = _json_or_none(options["prices"])
+    if options["low_balance"] is not None:
+        low: dict[str, object] = {
+            "credits": options["low_balance"],
+            "url": options["webhook_url"],
+        }
+        if options["webhook_key"] is not None:
+            low["key_id"] = options["webhook_key"]
+        given["low_balance"] = low if _or_none(options["low_balance"]) else None
+    return given
+
+
+def _or_none(text: str | None) -> str | None:
+    return None if text == "none" else text
+
+
+def _json_or_none(text: str) -> object:
+    if _or_none(text) is None:
+        return None
+    try:
+        # A figure is read as the text that it was given as, never through a float.
+        return json.loads(text, parse_float=str)
+    except ValueError as error:
+        fail(f"--prices is not JSON: {error}")
+
+
+def _show_facts(facts: dict[str, Any], *, as_json: bool) -> None:
+    lines = (f"{name:<18}{value}" for name, value in facts.items() if value)
+    show(facts, "\n".join(lines), as_json=as_json)
+
+
+@click.command("trail")
+@listed
+@click.option("--tenant", help="The tenant's name. Default: all.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=100, show_default=True)
+def trail(
+    config: Path | None,
+    data_dir: Path | None,
+    *,
+    as_json: bool,
+    tenant: str | None,
+    limit: int,
+) -> None:
+    """List who changed what of tenants and credits, newest first."""
+
+    async def run(books: Books) -> list[dict[str, Any]]:
+        from gateway.core.statements import NEWEST, moment_text
+
+        owner = await books.tenants.record(tenant) if tenant else None
+        found = await books.tenants.trail(
+            owner.id if owner else None, after=NEWEST, limit=limit
+        )
+        return [
+            {
+                "at": moment_text(each.at_ms),
+                "who": each.who,
+                "what": each.what,
+                "subject": each.subject,
+                "before": _loaded(each.before_json),
+                "after": _loaded(each.after_json),
+            }
+            for each in found
+        ]
+
+    rows = with_books(config, data_dir, run)
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        click.echo(
+            _line(json.dumps(v) if isinstance(v, dict) else v for v in row.values())
+        )
+
+
+@click.command("margin")
+@listed
+@_days
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+def margin(
+    config: Path | None,
+    data_dir: Path | None,
+    *,
+    as_json: bool,
+    first: str | None,
+    last: str | None,
+    as_csv: bool,
+) -> None:
+    """Sum up what was earned and spent, by upstream and model; the last 30 days."""
+
+    async def run(books: Books) -> None:
+        from gateway.core.statements import parse_usage_span
+        from gateway.flows.margin import MARGIN_COLUMNS
+
+        span = parse_usage_span(first, last, books.read.clock.now_ms())
+        table = Table(MARGIN_COLUMNS, as_json=as_json, as_csv=as_csv)
+        for row in await books.margin(span):
+            table.add(row)
+        table.end()
+
+    with_books(config, data_dir, run)
+
+
+@click.command("reconcile")
+@listed
+@click.option("--upstream", required=True, help="Whose invoice it is.")
+@click.option(
+    "--from",
+    "invoice",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="The invoice as CSV, with a column of jobs or days and one of costs.",
+)
+@click.option("--name-column", help="The column of jobs or days. Default: found.")
+@click.option("--cost-column", help="The column of costs (USD). Default: found.")
+@click.option("--since", "first", help="Only calls from this day (UTC) on.")
+@click.option("--until", "last", help="Only calls until this day (UTC).")
+@click.option("--csv", "as_csv", is_flag=True, help="Print the differences as CSV.")
+def reconcile(
+    config: Path | None,
+    data_dir: Path | None,
+    *,
+    as_json: bool,
+    upstream: str,
+    invoice: Path,
+    name_column: str | None,
+    cost_column: str | None,
+    first: str | None,
+    last: str | None,
+    as_csv: bool,
+) -> None:
+    """Compare a provider's invoice with our cost book; exits 1 if they differ."""
+
+    async def run(books: Books) -> Reconciled:
+        from gateway.core.errors import upstream_not_found
+        from gateway.core.invoices import parse_invoice
+        from gateway.core.statements import parse_span
+        from gateway.flows.margin import InvoiceLine, reconciled
+
+        if upstream not in books.upstream_names:
+            raise upstream_not_found(upstream, books.upstream_names)
+        try:
+            text = invoice.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            fail(f"{invoice} cannot be read: {error}")
+        by, lines = parse_invoice(
+            text, name_column=name_column, cost_column=cost_column
+        )
+        book = await books.margin.costs(upstream, parse_span(first, last))
+        return reconciled((InvoiceLine(*line) for line in lines), book, by)
+
+    found = with_books(config, data_dir, run)
+    _show_reconciled(found, as_json=as_json, as_csv=as_csv)
+    if found.differences:
+        sys.exit(EXIT_FAILED)
+
+
+def _show_reconciled(found: Reconciled, *, as_json: bool, as_csv: bool) -> None:
+    from gateway.core.money import decimal_text
+    from gateway.flows.margin import DIFFERENCE_COLUMNS, difference_row
+
+    rows = [difference_row(each) for each in found.differences]
+    total = {
+        "invoice_usd": decimal_text(found.invoice_nanousd),
+        "book_usd": decimal_text(found.book_nanousd),
+        "lines": found.lines,
+        "calls": found.calls,
+        "unnamed_calls": found.unnamed,
+    }
+    if as_json:
+        print_json({**total, "differences": rows})
+        return
+    table = Table(DIFFERENCE_COLUMNS, as_json=False, as_csv=as_csv)
+    for row in rows:
+        table.add(row)
+    table.end()
+    text = ", ".join(f"{name} {value}" for name, value in total.items())
+    click.echo(f"{len(rows)} differences ({text})", err=as_csv)
+
+
+def _loaded(text: str | None) -> object:
+    return None if text is None else json.loads(text)
 
 
 class Table:

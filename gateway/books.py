@@ -40,6 +40,7 @@ from gateway.core.routing import Preferences
 from gateway.core.webhooks import CallbackRules
 from gateway.flows.credits import ManageTenants
 from gateway.flows.keys import ManageKeys, NewKey
+from gateway.flows.margin import ReadMargin
 from gateway.flows.recovery import LOST_AFTER_MS
 from gateway.flows.reload import Asked, AskToReload
 from gateway.flows.statements import ReadCredits
@@ -100,6 +101,7 @@ class Books:
     reloads: SqlReloads
     tenants: ManageTenants
     read: ReadCredits
+    margin: ReadMargin
     keys: ManageKeys
     webhooks: ManageWebhooks
     data_dir: DataDir
@@ -322,6 +324,7 @@ async def open_books(
                 callback_rules=callback_rules(settings),
             ),
             read=ReadCredits(SqlReports(database), clock),
+            margin=ReadMargin(SqlReports(database), settings.nanocredits_per_usd),
             keys=ManageKeys(accounts, clock, chance, secret, announce=announce),
             webhooks=ManageWebhooks(outbox, accounts, clock, secret),
             data_dir=data_dir,

@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gateway.accounting import statement, usage
+from gateway.accounting import (
+    grants,
+    holds,
+    margin,
+    reconcile,
+    refund,
+    resume,
+    set_tenant,
+    show_tenant,
+    statement,
+    suspend,
+    trail,
+    usage,
+)
 from gateway.generating import generate, show_estimate
 from gateway.steering import reload, routes, upstreams
 from gateway.terminal import (
@@ -544,6 +557,8 @@ def credits_balance(
 @listed
 @click.option("--tenant", required=True, help="The tenant's name.")
 @click.option("--reference", help="The same reference again changes nothing.")
+@click.option("--expires-at", help="What is left then is taken back: 2027-01-31.")
+@click.option("--note", help="What it is for.")
 @click.argument("amount")
 def credits_grant(
     config: Path | None,
@@ -552,16 +567,22 @@ def credits_grant(
     as_json: bool,
     tenant: str,
     reference: str | None,
+    expires_at: str | None,
+    note: str | None,
     amount: str,
 ) -> None:
     """Give a tenant credits, e.g. 250 or 0.5."""
     nanocredits = _nano(amount)
 
     async def run(books: Books) -> dict[str, str]:
+        from gateway.core.statements import parse_end
         from gateway.flows.credits import balance_texts
 
         owner = await books.tenants.named(tenant)
-        after = await books.tenants.grant(owner, nanocredits, reference=reference)
+        end_ms = None if expires_at is None else parse_end(expires_at, "expires_at")
+        after = await books.tenants.grant(
+            owner, nanocredits, reference=reference, expires_ms=end_ms, note=note
+        )
         return balance_texts(after)
 
     balance = with_books(config, data_dir, run)
@@ -587,9 +608,12 @@ def estimate(
     show_estimate(app.as_json(priced), as_json=as_json)
 
 
-for _command in (generate, reload, routes, upstreams, usage):
+for _command in (generate, margin, reload, routes, trail, upstreams, usage):
     main.add_command(_command)
-credits_.add_command(statement)
+for _command in (grants, holds, reconcile, refund, statement):
+    credits_.add_command(_command)
+for _command in (resume, set_tenant, show_tenant, suspend):
+    tenants.add_command(_command)
 
 
 @main.command()

@@ -487,6 +487,39 @@ class OpenHold:
 
 
 @dataclass(frozen=True, slots=True)
+class MarginRow:
+    """What an upstream earned and cost with a variant, each in its own currency.
+
+    A charge is that of the upstream whose pictures came last; ``upstream`` is None
+    where nothing was bought. What was absorbed was not charged.
+    """
+
+    upstream: str | None
+    variant: str | None
+    tasks: int
+    images: int
+    charged_nanocredits: int
+    absorbed_nanocredits: int
+    refunded_nanocredits: int
+    cost_nanousd: int
+    waste_nanousd: int
+
+
+@dataclass(frozen=True, slots=True)
+class CostLine:
+    """A call in the cost book. ``job_id`` is what the upstream calls it, if it said."""
+
+    task_id: str
+    seq: int
+    variant: str
+    kind: str
+    source: str
+    nanousd: int
+    created_ms: int
+    job_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class UsageRow:
     """What was used and charged on a day, by a key, of a variant.
 
@@ -936,6 +969,16 @@ class Reports(Protocol):
         self, tenant_id: str, *, offset: int, limit: int
     ) -> Sequence[OpenHold]:
         """Read a tenant's open holds, newest first."""
+        ...
+
+    async def margin(self, span: Span) -> Sequence[MarginRow]:
+        """Sum up the books of all tenants, by upstream and variant."""
+        ...
+
+    async def costs(
+        self, upstream: str, span: Span, *, after: tuple[str, int], limit: int
+    ) -> Sequence[CostLine]:
+        """Read the cost book of an upstream, by task and call, from behind one on."""
         ...
 
     async def usage(

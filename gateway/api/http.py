@@ -103,6 +103,22 @@ async def read_json(receive: Receive) -> object:
     return decode_json(await read_body(receive, JSON_BODY_MAX_BYTES), exact=True)
 
 
+async def read_texts_json(receive: Receive) -> object:
+    """Read and decode a JSON body; a number with a fraction or exponent becomes a text.
+
+    It is the text that was sent: a rule may tell 1.5e1 from 15.
+
+    Raises:
+        TooLargeError: it is over 1 MiB.
+        InvalidRequestError: it is not JSON.
+    """
+    body = await read_body(receive, JSON_BODY_MAX_BYTES)
+    try:
+        return _TEXTS.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return decode_json(body)  # which says what is wrong
+
+
 async def read_body(receive: Receive, max_bytes: int) -> bytes:
     """Read a whole body, at most so many bytes of it.
 
@@ -189,6 +205,7 @@ def _decimal(text: str) -> Decimal:
 
 
 _PLAIN = msgspec.json.Decoder[object]()
+_TEXTS = msgspec.json.Decoder[object](float_hook=str)
 _EXACT = msgspec.json.Decoder[object](float_hook=_decimal)
 
 

@@ -22,6 +22,7 @@ USAGE_ROWS_MAX = 50_000
 CURSOR_MAX_CHARS = 1_024
 DATE_CHARS_MAX = 11
 """One more than a day has: what is longer is none."""
+MOMENT_MAX = 40
 LAST_MS = 253_402_300_799_999
 """The end of the year 9999, the last one that dates are written in."""
 USAGE_BY = ("day", "key", "model")
@@ -154,6 +155,33 @@ def parse_usage_by(text: str | None) -> tuple[str, ...]:
             param="group_by",
         )
     return tuple(name for name in USAGE_BY if name in names)
+
+
+def parse_end(value: object, name: str) -> int:
+    """Read when something ends: a moment such as ``2027-01-31T12:00:00Z``, or a day.
+
+    A day ends with it: at midnight (UTC).
+
+    Raises:
+        InvalidRequestError: it is neither.
+    """
+    wrong = InvalidRequestError(
+        f"{name} must be a moment such as 2027-01-31T12:00:00Z, or a day such as "
+        "2027-01-31, at whose end it is over.",
+        param=name,
+    )
+    if not isinstance(value, str) or not value.isascii() or len(value) > MOMENT_MAX:
+        raise wrong
+    if len(value) < DATE_CHARS_MAX:
+        return _start_ms(parse_day(value, name)) + DAY_MS
+    try:
+        moment = datetime.fromisoformat(value)
+    except ValueError as error:
+        raise wrong from error
+    if moment.tzinfo is None:
+        raise wrong
+    since = moment - datetime(1970, 1, 1, tzinfo=UTC)
+    return since // timedelta(milliseconds=1)
 
 
 def day_text(day: int) -> str:

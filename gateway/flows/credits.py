@@ -366,7 +366,7 @@ def tenant_facts(record: TenantRecord) -> dict[str, object]:
     }
 
 
-def grant_facts(grant: GrantRecord) -> dict[str, object]:
+def grant_facts(grant: GrantRecord) -> dict[str, str | None]:
     """Write a grant as JSON has it; credits as decimal texts.
 
     ``left`` is what is left of one that ends; None for one that does not.

@@ -9,7 +9,7 @@ from functools import lru_cache
 from gateway.adapters.sql.database import Database, Row
 from gateway.core.ledger import tenant_account
 from gateway.core.statements import DAY_MS, Cursor, Span
-from gateway.ports import Entry, OpenHold, UsageRow
+from gateway.ports import CostLine, Entry, MarginRow, OpenHold, UsageRow
 from providers.kit.contract import Usage
 
 _DIMENSIONS = {
@@ -78,6 +78,35 @@ class SqlReports:
         )
         return [OpenHold(*row) for row in rows]
 
+    async def margin(self, span: Span) -> Sequence[MarginRow]:
+        """See ``Reports``. Reads all that was settled in these days."""
+        rows = await self.database.read(
+            lambda tx: tx.all(_MARGIN, span.from_ms, span.to_ms)
+        )
+        return [MarginRow(*row) for row in rows]
+
+    async def costs(
+        self, upstream: str, span: Span, *, after: tuple[str, int], limit: int
+    ) -> Sequence[CostLine]:
+        """See ``Reports``."""
+        rows = await self.database.read(
+            lambda tx: tx.all(
+                """SELECT c.task_id, c.seq, c.variant, c.kind, c.source, c.nanousd,
+                    c.created_ms, COALESCE(c.job_id, a.job_id)
+                FROM cost_book c LEFT JOIN attempts a
+                    ON a.task_id = c.task_id AND a.seq = c.seq
+                WHERE c.upstream = $1 AND c.created_ms >= $2 AND c.created_ms < $3
+                    AND (c.task_id, c.seq) > ($4, $5)
+                ORDER BY c.task_id, c.seq LIMIT $6""",
+                upstream,
+                span.from_ms,
+                span.to_ms,
+                *after,
+                limit,
+            )
+        )
+        return [CostLine(*row) for row in rows]
+
     async def usage(
         self, tenant_id: str, span: Span, by: Sequence[str], *, limit: int
     ) -> Sequence[UsageRow]:
@@ -88,6 +117,33 @@ class SqlReports:
             )
         )
         return [_usage(row) for row in rows]
+
+
+_SUMS = ("tasks", "images", "charged", "absorbed", "refunded", "cost", "waste")
+_MARGIN = f"""SELECT NULLIF(upstream, ''), NULLIF(variant, ''),
+    {", ".join(f"CAST(SUM({name}) AS BIGINT)" for name in _SUMS)}
+FROM (
+    SELECT COALESCE((SELECT c.upstream FROM cost_book c
+            WHERE c.task_id = s.task_id AND c.kind = 'cost'
+            ORDER BY c.seq DESC LIMIT 1), '') AS upstream,
+        COALESCE(s.variant, '') AS variant, 1 AS tasks, s.images AS images,
+        s.charged AS charged, s.absorbed AS absorbed, 0 AS refunded, 0 AS cost,
+        0 AS waste
+    FROM settlements s WHERE s.created_ms >= $1 AND s.created_ms < $2
+        AND s.usage_source <> 'none'
+    UNION ALL
+    SELECT COALESCE((SELECT c.upstream FROM cost_book c
+            WHERE c.task_id = r.task_id AND c.kind = 'cost'
+            ORDER BY c.seq DESC LIMIT 1), ''),
+        COALESCE(s.variant, ''), 0, 0, 0, 0, r.nanocredits, 0, 0
+    FROM refunds r JOIN settlements s ON s.task_id = r.task_id
+    WHERE r.created_ms >= $1 AND r.created_ms < $2
+    UNION ALL
+    SELECT upstream, variant, 0, 0, 0, 0, 0,
+        CASE kind WHEN 'cost' THEN nanousd ELSE 0 END,
+        CASE kind WHEN 'waste' THEN nanousd ELSE 0 END
+    FROM cost_book WHERE created_ms >= $1 AND created_ms < $2
+) x GROUP BY upstream, variant ORDER BY upstream, variant"""  # noqa: S608 - constants
 
 
 @lru_cache(maxsize=8)
