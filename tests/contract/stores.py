@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from gateway.adapters.sql.accounts import SqlAccounts
 from gateway.adapters.sql.database import Database, Operation, Row, T, Transaction
+from gateway.adapters.sql.deliveries import SqlOutbox
 from gateway.adapters.sql.drains import SqlDrains
 from gateway.adapters.sql.ledger import SqlLedger
 from gateway.adapters.sql.migrations import migrate
@@ -130,6 +131,10 @@ class Stores:
     @property
     def ledger(self) -> SqlLedger:
         return SqlLedger(self.database)
+
+    @property
+    def outbox(self) -> SqlOutbox:
+        return SqlOutbox(self.database)
 
     @property
     def tenants(self) -> SqlTenants:
