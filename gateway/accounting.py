@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import aclosing
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from gateway.terminal import (
     listed,
     print_json,
     read_settings,
+    shared,
     show,
     show_rows,
     with_books,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from gateway.flows.margin import Reconciled
 
 CSV_ROWS_AT_ONCE = 1_000
+YAML_MAX_CHARS = 4_000_000
 _TENANT = click.option("--tenant", required=True, help="The tenant's name.")
 
 
@@ -457,6 +460,68 @@ def _show_reconciled(found: Reconciled, *, as_json: bool, as_csv: bool) -> None:
     table.end()
     text = ", ".join(f"{name} {value}" for name, value in total.items())
     click.echo(f"{len(rows)} differences ({text})", err=as_csv)
+
+
+@click.group("import")
+def import_() -> None:
+    """Take configurations of other gateways over."""
+
+
+@import_.command("litellm")
+@shared
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where to write it, if nothing is there yet. Default: standard output.",
+)
+def import_litellm(
+    config: Path | None, data_dir: Path | None, *, file: Path, out: Path | None
+) -> None:
+    """Turn a LiteLLM config into ours; says on stderr what it left behind.
+
+    Models and price cards are those of the catalogue beside --config. Exits 1 if
+    nothing could be carried over.
+    """
+    settings = read_settings(config, data_dir, {}, adapters=False)
+    from gateway.core.litellm import from_litellm
+
+    aliases = {
+        alias: name
+        for name, variant in settings.variants.items()
+        for alias in variant.aliases
+    }
+    cards = {
+        name: settings.cards.get(name, {})
+        for name, variant in settings.variants.items()
+        if not variant.retired
+    }
+    imported = from_litellm(_yaml(file), cards, aliases)
+    for note in imported.notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"{imported.offers} offers carried over", err=True)
+    if not imported.offers:
+        sys.exit(EXIT_FAILED)
+    if out is None:
+        click.echo(imported.text, nl=False)
+        return
+    try:
+        with out.open("x", encoding="utf-8") as written:
+            written.write(imported.text)
+    except OSError as error:
+        fail(f"{out} cannot be written: {error.strerror}")
+
+
+def _yaml(file: Path) -> object:
+    # The library comes with the web framework; all scalars stay the texts they are.
+    yaml = import_module("yaml")
+    try:
+        text = file.read_text("utf-8")
+        if len(text) > YAML_MAX_CHARS:
+            fail(f"{file} has over {YAML_MAX_CHARS:,} characters")
+        return yaml.load(text, Loader=yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        fail(f"{file} cannot be read: {error}")
 
 
 def _loaded(text: str | None) -> object:

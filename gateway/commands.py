@@ -13,6 +13,7 @@ import click
 from gateway.accounting import (
     grants,
     holds,
+    import_,
     margin,
     reconcile,
     refund,
@@ -608,7 +609,7 @@ def estimate(
     show_estimate(app.as_json(priced), as_json=as_json)
 
 
-for _command in (generate, margin, reload, routes, trail, upstreams, usage):
+for _command in (generate, import_, margin, reload, routes, trail, upstreams, usage):
     main.add_command(_command)
 for _command in (grants, holds, reconcile, refund, statement):
     credits_.add_command(_command)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from gateway.core.addresses import ForbiddenUrlError
 from gateway.core.errors import InvalidRequestError, NotFoundError
 from gateway.core.fleet import Notice, Topic
 from gateway.core.ledger import Balance
 from gateway.core.money import decimal_text
 from gateway.core.statements import LAST_MS, Cursor, moment_or_none, moment_text
 from gateway.core.terms import Terms, amount_nano, parse_cards, parse_multiplier
-from gateway.core.webhooks import CallbackRules, check_callback_url
+from gateway.core.webhooks import CallbackRules, callback_url
 from gateway.ports import (
     Accounts,
     Chance,
@@ -196,7 +197,14 @@ class ManageTenants:
             raise InvalidRequestError(
                 "low_balance.url must be an https URL.", param="low_balance.url"
             )
-        check_callback_url(url, self.callback_rules)
+        try:
+            callback_url(url, self.callback_rules)
+        except ForbiddenUrlError as error:
+            raise InvalidRequestError(
+                f"low_balance.url is not accepted. {error}",
+                param="low_balance.url",
+                code="invalid_callback_url",
+            ) from error
         key_id = await self._signing_key_id(tenant_id, given.get("key_id"))
         return LowBalance(nanocredits, url, key_id)
 

@@ -412,3 +412,54 @@ def test_margin_book_and_statement_agree_and_an_invoice_is_compared(
     assert differs.code == 1
     found = {each["name"]: each["why"] for each in differs.json["differences"]}
     assert found == {today: "another amount", "2026-01-01": "only on the invoice"}
+
+
+def test_a_low_balance_is_sent_to_where_the_tenant_wants_it(live: LiveGateway) -> None:
+    key = live.tenant("thrifty", "5")
+    with live.client(ADMIN_KEY) as admin:
+        low = {"credits": 6, "url": "https://nothing-here.example.com/low"}
+        set_ = admin.patch(f"{TENANTS}/thrifty", json={"low_balance": low})
+        wrong = [
+            admin.patch(f"{TENANTS}/thrifty", json={"low_balance": low | change})
+            for change in (
+                {"url": "http://hooks.example.com/"},
+                {"url": "https://127.0.0.1/"},
+                {"credits": "0"},
+                {"key_id": "key_of_nobody"},
+            )
+        ]
+    with live.client(key) as client:
+        until = time.monotonic() + 30
+        data: Any = []
+        while not (data and data[0]["tries"]) and time.monotonic() < until:
+            time.sleep(0.2)
+            data = exact(client.get("/v1/webhooks/deliveries"))["data"]
+
+    assert set_.json()["low_balance"]["credits"] == "6"
+    assert [answer.status_code for answer in wrong] == [400, 400, 400, 404]
+    assert (data[0]["event"], data[0]["task_id"]) == ("credits.low", None)
+    assert data[0]["url"] == low["url"]
+    assert not str(data[0]["last_error"]).startswith("Nothing was sent")
+
+
+def test_a_litellm_configuration_is_taken_over(tmp_path: Path) -> None:
+    source, made = tmp_path / "config.yaml", tmp_path / "gateway.toml"
+    source.write_text(
+        "model_list:\n"
+        "  - model_name: gpt-image-2\n"
+        "    litellm_params: {model: openai/gpt-image-2, api_key: os.environ/A_KEY}\n"
+        "general_settings: {master_key: sk-1}\n"
+    )
+    data = ("--data-dir", str(tmp_path / "data"))
+
+    printed = command("import", "litellm", str(source), *data)
+    written = command("import", "litellm", str(source), "--out", str(made), *data)
+    again = command("import", "litellm", str(source), "--out", str(made), *data)
+    checked = command("check", "--config", str(made), A_KEY="x")
+    source.write_text("model_list: []")
+    nothing = command("import", "litellm", str(source), *data)
+
+    assert printed.out == made.read_text()
+    assert "general_settings (master_key) is not carried over" in printed.err
+    assert (written.code, again.code, nothing.code) == (0, 1, 1)
+    assert "ok: 1 upstreams, 1 offers" in checked.out

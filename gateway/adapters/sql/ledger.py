@@ -479,10 +479,11 @@ CHECKS = (
         "posted is the sum of the tenant's entries",
         """SELECT a.tenant_id, COALESCE(e.total, 0), a.posted FROM accounts a
         LEFT JOIN (SELECT account, CAST(SUM(nanocredits) AS BIGINT) AS total
-            FROM entries GROUP BY account) e
+            FROM entries WHERE account NOT IN ($2, $3, $4, $5) GROUP BY account) e
         ON e.account = CAST($1 AS TEXT) || a.tenant_id
         WHERE a.posted <> COALESCE(e.total, 0)""",
-        (_TENANT_PREFIX,),
+        # The operator's own accounts may hold more than an integer does.
+        (_TENANT_PREFIX, REVENUE, GRANTS, ABSORBED, EXPIRED),
     ),
     Check(
         "I2",
