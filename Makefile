@@ -48,6 +48,7 @@ bench: setup-dev ## Measure speed and memory; prints figures
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.fetching
 	$(BIN)/python -m bench.growth
+	$(BIN)/python -m bench.statement
 	$(BIN)/python -m bench.tasks
 	$(BIN)/python -m bench.overload
 	$(BIN)/python -m bench.shared_state

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from gateway.adapters.sql.ledger import LOTS_MAX
+from gateway.adapters.sql.tasks import SqlTaskStore
 from gateway.core.errors import ConflictError, ForbiddenError, NotFoundError
 from gateway.core.ledger import Balance, Settled
 from gateway.core.statements import ALWAYS, NEWEST
@@ -17,6 +18,7 @@ from tests.contract.stores import (
     BACKENDS,
     NOW_MS,
     TENANT,
+    Recorded,
     Stores,
     a_mark,
     a_task,
@@ -270,3 +272,29 @@ async def test_a_suspended_tenant_holds_nothing_new_and_ends_what_runs(
     assert refused.value.code == "tenant_suspended"
     assert settled == Settled(charged=60)
     assert await stores.balance() == Balance(posted=940, spent=60)
+
+
+# --- who has no grant that ends pays nothing for it ---
+
+
+async def test_a_settlement_looks_at_grants_only_where_some_end(stores: Stores) -> None:
+    await stores.fund(1_000)
+    recorded = Recorded(stores.database)
+    tasks = SqlTaskStore(recorded)
+
+    async def pair(task_id: str) -> set[str]:
+        recorded.statements.clear()
+        await tasks.open(a_task(task_id))
+        await tasks.finish(an_end(task_id))
+        return {
+            sql for sql in recorded.statements if "lots WHERE" in sql or "draws" in sql
+        }
+
+    plain = await pair("task-1")
+    hot = len(recorded.statements)
+    await give(stores, "promo", 100)
+    with_lots = await pair("task-2")
+
+    assert plain == set()
+    assert hot == 10
+    assert with_lots

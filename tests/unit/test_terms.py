@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -9,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.core.catalogue import TenantPrice, TokenPrice, Variant
+from gateway.core.catalogue import Catalogue, TenantPrice, TokenPrice, Variant
 from gateway.core.errors import InvalidRequestError
+from gateway.core.orders import order_json, request_from
 from gateway.core.pricing import charge_nanocredits, hold_nanocredits
 from gateway.core.requests import ImageRequest
 from gateway.core.sizes import Size
@@ -158,3 +161,19 @@ def test_what_is_no_multiplier_is_refused(value: Any) -> None:
 def test_what_is_no_card_is_refused(value: Any) -> None:
     with pytest.raises(InvalidRequestError):
         parse_cards(value, _KNOWN)
+
+
+def test_a_task_that_waits_is_settled_at_the_price_that_it_was_held_at() -> None:
+    own = priced(VARIANT, Terms(1_500_000))
+    request = ImageRequest(own, "a fox", Size(1024, 1024), "low")
+    dearer = replace(VARIANT, price=TokenPrice(9, 9, 9, 9, 9))
+    catalogue = Catalogue({"gpt-image-2": dearer}, {})
+
+    text = order_json(request, 0, has_mask=False)
+    later = request_from(text, catalogue)
+
+    assert later == request
+    before = json.dumps({k: v for k, v in json.loads(text).items() if k != "price"})
+    from_before = request_from(before, catalogue)
+    assert from_before is not None
+    assert from_before.variant == dearer

@@ -50,7 +50,8 @@ class SqlReports:
                 ORDER BY e.created_ms DESC, e.txn_id DESC""",
                 tenant_account(tenant_id),
                 span.from_ms,
-                span.to_ms,
+                # An engine may seek by this bound alone.
+                min(span.to_ms, after.created_ms + 1),
                 after.created_ms,
                 after.txn_id,
                 limit,
