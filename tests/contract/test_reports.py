@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from gateway.adapters.sql import migrations
+from gateway.adapters.sql.database import StoreFailedError
 from gateway.core.statements import ALWAYS, DAY_MS, NEWEST, Cursor, Span
 from gateway.flows.statements import ReadCredits
 from gateway.ports import Entry, OpenHold, UsageRow
@@ -185,3 +187,56 @@ async def test_usage_outlives_the_tasks(stores: Stores) -> None:
     assert await stores.tasks.get("task-1") is None
     after = await stores.reports.usage(TENANT, ALWAYS, ("key", "model"), limit=5)
     assert after == before != []
+
+
+# --- a database from before ---
+
+OLD_ROWS = (
+    "INSERT INTO tenants (id, name, created_ms) VALUES ('t-1', 'one', 0)",
+    "INSERT INTO accounts (tenant_id, posted, held, spent) VALUES ('t-1', 40, 0, 60)",
+    "INSERT INTO grants VALUES ('t-1', 'first', 100, 1)",
+    """INSERT INTO tasks (id, tenant_id, key_id, variant, operation, mode, state,
+        request_json, text_input, text_cached, image_input, image_cached, image_output,
+        created_ms, deadline_ms, finished_ms)
+    VALUES ('task-1', 't-1', 'key-1', 'gpt-image-2', 'generate', 'sync', 'completed',
+        '{}', 5, 0, 0, 0, 196, 1, 2, 3)""",
+    """INSERT INTO holds (task_id, tenant_id, nanocredits, created_ms, expires_ms)
+    VALUES ('task-1', 't-1', 100, 1, 9)""",
+    """INSERT INTO settlements (task_id, due, charged, absorbed, usage_source,
+        created_ms) VALUES ('task-1', 60, 60, 0, 'reported', 3)""",
+    """INSERT INTO entries (txn_id, account, nanocredits, kind, reference, created_ms)
+    VALUES ('grant:t-1:first', 'tenant:t-1', 100, 'grant', 't-1:first', 1),
+        ('grant:t-1:first', 'grants', -100, 'grant', 't-1:first', 1),
+        ('charge:task-1', 'tenant:t-1', -60, 'charge', 'task-1', 3),
+        ('charge:task-1', 'revenue', 60, 'charge', 'task-1', 3)""",
+)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+async def test_what_was_sold_before_an_upgrade_is_in_statement_and_usage(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = next(
+        number
+        for number, each in enumerate(migrations.MIGRATIONS)
+        if "entries_anew" in each.statements[0]
+    )
+    with monkeypatch.context() as before:
+        before.setattr(migrations, "MIGRATIONS", migrations.MIGRATIONS[:step])
+        async with open_stores(backend, tmp_path) as stores:
+            await stores.change(*OLD_ROWS)
+            before.undo()
+            await migrations.migrate(stores.database, now_ms=NOW_MS)
+
+            entries = await stores.reports.entries("t-1", ALWAYS, after=NEWEST, limit=5)
+            usage = await stores.reports.usage("t-1", ALWAYS, ("key",), limit=5)
+            assert [(e.kind, e.nanocredits, e.variant) for e in entries] == [
+                ("charge", -60, "gpt-image-2"),
+                ("grant", 100, None),
+            ]
+            tokens = Usage(text_input=5, image_output=196)
+            assert usage == [UsageRow(None, "key-1", None, 1, 0, 60, tokens)]
+            assert await stores.broken() == set()
+            for table in ("entries", "settlements"):
+                with pytest.raises(StoreFailedError):
+                    await stores.change(f"DELETE FROM {table}")

@@ -81,13 +81,15 @@ Operation = Callable[[Transaction], Coroutine[Any, Any, T]]
 class Dialect:
     """Where engines differ, which is only in how tables are made.
 
-    ``immutable`` are the statements that make ``{table}`` refuse UPDATE and DELETE;
+    ``immutable`` are the statements that make ``{table}`` refuse UPDATE and DELETE,
+    ``reopened`` those that make it take them again, for a migration to fill columns;
     ``alone`` are those that keep others who run them waiting until the transaction is
     over, where every writer does not wait for the others anyway.
     """
 
     blob: str
     immutable: tuple[str, ...]
+    reopened: tuple[str, ...]
     alone: tuple[str, ...] = ()
 
 

@@ -15,10 +15,15 @@ class SchemaTooNewError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Migration:
-    """One step. ``{blob}`` stands for the engine's type of bytes."""
+    """One step. ``{blob}`` stands for the engine's type of bytes.
+
+    ``reopened_tables`` can be changed in this step, though they are immutable: they are
+    to be named in ``immutable_tables`` as well, to be so again.
+    """
 
     statements: tuple[str, ...]
     immutable_tables: tuple[str, ...] = ()
+    reopened_tables: tuple[str, ...] = ()
 
 
 MIGRATIONS = (
@@ -335,42 +340,40 @@ MIGRATIONS = (
             ON entries (account, created_ms, txn_id)""",
             # What was used and at which price stands beside the charge: the task's own
             # row is forgotten after 30 days.
-            """CREATE TABLE settlements_anew (
-                task_id TEXT PRIMARY KEY REFERENCES holds (task_id),
-                due BIGINT NOT NULL CHECK (due >= 0),
-                charged BIGINT NOT NULL CHECK (charged >= 0),
-                absorbed BIGINT NOT NULL CHECK (absorbed >= 0),
-                usage_source TEXT NOT NULL,
-                created_ms BIGINT NOT NULL,
-                tenant_id TEXT NOT NULL,
-                key_id TEXT,
-                variant TEXT,
-                images BIGINT NOT NULL DEFAULT 0,
-                text_input BIGINT,
-                text_cached BIGINT,
-                image_input BIGINT,
-                image_cached BIGINT,
-                image_output BIGINT,
-                text_input_price BIGINT,
-                text_cached_price BIGINT,
-                image_input_price BIGINT,
-                image_cached_price BIGINT,
-                image_output_price BIGINT,
-                multiplier BIGINT,
-                CHECK (charged + absorbed = due)
-            )""",
-            """INSERT INTO settlements_anew (task_id, due, charged, absorbed,
-                usage_source, created_ms, tenant_id, key_id, variant, images,
-                text_input, text_cached, image_input, image_cached, image_output)
-            SELECT s.task_id, s.due, s.charged, s.absorbed, s.usage_source,
-                s.created_ms, h.tenant_id, t.key_id, t.variant,
-                (SELECT COUNT(*) FROM results r WHERE r.task_id = s.task_id),
-                t.text_input, t.text_cached, t.image_input, t.image_cached,
-                t.image_output
-            FROM settlements s JOIN holds h ON h.task_id = s.task_id
-            LEFT JOIN tasks t ON t.id = s.task_id""",
-            "DROP TABLE settlements",
-            "ALTER TABLE settlements_anew RENAME TO settlements",
+            "ALTER TABLE settlements ADD COLUMN tenant_id TEXT",
+            "ALTER TABLE settlements ADD COLUMN key_id TEXT",
+            "ALTER TABLE settlements ADD COLUMN variant TEXT",
+            "ALTER TABLE settlements ADD COLUMN images BIGINT NOT NULL DEFAULT 0",
+            "ALTER TABLE settlements ADD COLUMN text_input BIGINT",
+            "ALTER TABLE settlements ADD COLUMN text_cached BIGINT",
+            "ALTER TABLE settlements ADD COLUMN image_input BIGINT",
+            "ALTER TABLE settlements ADD COLUMN image_cached BIGINT",
+            "ALTER TABLE settlements ADD COLUMN image_output BIGINT",
+            "ALTER TABLE settlements ADD COLUMN text_input_price BIGINT",
+            "ALTER TABLE settlements ADD COLUMN text_cached_price BIGINT",
+            "ALTER TABLE settlements ADD COLUMN image_input_price BIGINT",
+            "ALTER TABLE settlements ADD COLUMN image_cached_price BIGINT",
+            "ALTER TABLE settlements ADD COLUMN image_output_price BIGINT",
+            "ALTER TABLE settlements ADD COLUMN multiplier BIGINT",
+            """UPDATE settlements SET
+                tenant_id = (SELECT h.tenant_id FROM holds h
+                    WHERE h.task_id = settlements.task_id),
+                key_id = (SELECT t.key_id FROM tasks t
+                    WHERE t.id = settlements.task_id),
+                variant = (SELECT t.variant FROM tasks t
+                    WHERE t.id = settlements.task_id),
+                images = (SELECT COUNT(*) FROM results r
+                    WHERE r.task_id = settlements.task_id),
+                text_input = (SELECT t.text_input FROM tasks t
+                    WHERE t.id = settlements.task_id),
+                text_cached = (SELECT t.text_cached FROM tasks t
+                    WHERE t.id = settlements.task_id),
+                image_input = (SELECT t.image_input FROM tasks t
+                    WHERE t.id = settlements.task_id),
+                image_cached = (SELECT t.image_cached FROM tasks t
+                    WHERE t.id = settlements.task_id),
+                image_output = (SELECT t.image_output FROM tasks t
+                    WHERE t.id = settlements.task_id)""",
             """CREATE INDEX settlements_by_tenant
             ON settlements (tenant_id, created_ms)""",
             "ALTER TABLE grants ADD COLUMN expires_ms BIGINT",
@@ -436,6 +439,7 @@ MIGRATIONS = (
             "CREATE INDEX trail_by_time ON trail (at_ms, id)",
             "CREATE INDEX trail_by_tenant ON trail (tenant_id, at_ms, id)",
         ),
+        reopened_tables=("settlements",),
         immutable_tables=("entries", "settlements", "draws", "refunds", "trail"),
     ),
 )
@@ -483,9 +487,14 @@ async def _migrate(tx: Transaction, dialect: Dialect, now_ms: int) -> int:
 
 def _statements(migration: Migration, dialect: Dialect) -> list[str]:
     made = [text.replace("{blob}", dialect.blob) for text in migration.statements]
+    opened = [
+        text.replace("{table}", table)
+        for table in migration.reopened_tables
+        for text in dialect.reopened
+    ]
     guarded = [
         text.replace("{table}", table)
         for table in migration.immutable_tables
         for text in dialect.immutable
     ]
-    return made + guarded
+    return opened + made + guarded

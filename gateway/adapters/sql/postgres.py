@@ -61,6 +61,7 @@ POSTGRES = Dialect(
         BEFORE UPDATE OR DELETE OR TRUNCATE ON {table}
         FOR EACH STATEMENT EXECUTE FUNCTION {table}_refuse()""",
     ),
+    reopened=("DROP TRIGGER {table}_refuses_changes ON {table}",),
     # Whoever has it may need longer than the other locks are waited for.
     alone=(
         "SET LOCAL lock_timeout = '55s'",

@@ -49,6 +49,10 @@ SQLITE = Dialect(
         """CREATE TRIGGER {table}_refuses_delete BEFORE DELETE ON {table}
         BEGIN SELECT RAISE(ABORT, '{table} is append only'); END""",
     ),
+    reopened=(
+        "DROP TRIGGER {table}_refuses_update",
+        "DROP TRIGGER {table}_refuses_delete",
+    ),
 )
 
 
