@@ -9,6 +9,8 @@ PORT ?= 8080
 DATA_DIR ?= data
 CLIENTS := tests/clients
 SOURCES := gateway providers tests bench
+# What plays the books at their whole size with --whole.
+BOOKS := tests/contract/test_ledger.py::test_the_books_are_as_the_rules_say tests/flows/test_month.py
 
 .PHONY: help setup setup-dev engines serve test chaos check format bench simulate simulators lock clean
 
@@ -25,8 +27,8 @@ serve: setup ## Run the gateway (HOST, PORT, DATA_DIR)
 test: setup-dev engines $(CLIENTS)/node_modules/.done ## Run every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
 
-chaos: setup-dev ## Kill workers and ask for too much, for minutes, and see that nothing is lost
-	$(BIN)/python -m pytest -q -s --whole -o timeout=1200 tests/chaos $(ARGS)
+chaos: setup-dev ## Kill workers, ask for too much, play the books for an hour, and see that nothing is lost
+	$(BIN)/python -m pytest -q -s --whole -o timeout=1200 tests/chaos $(BOOKS) $(ARGS)
 
 check: setup-dev ## Format, lint, types, import contracts, configuration, image, compose
 	$(BIN)/ruff format --check $(SOURCES)
@@ -49,6 +51,7 @@ bench: setup-dev ## Measure speed and memory; prints figures
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.fetching
 	$(BIN)/python -m bench.growth
+	$(BIN)/python -m bench.statement
 	$(BIN)/python -m bench.tasks
 	$(BIN)/python -m bench.overload
 	$(BIN)/python -m bench.shared_state

@@ -6,6 +6,8 @@ server, the upstreams' adapters and what they bring along.
 
 from __future__ import annotations
 
+import os
+import pwd
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -25,17 +27,22 @@ from gateway.adapters.sql.migrations import MIGRATIONS, SchemaTooNewError, migra
 from gateway.adapters.sql.processes import SqlProcesses
 from gateway.adapters.sql.queue import SqlQueue
 from gateway.adapters.sql.reloads import SqlReloads
+from gateway.adapters.sql.reports import SqlReports
 from gateway.adapters.sql.sqlite import SqliteDatabase
 from gateway.adapters.sql.tasks import SqlTaskStore
+from gateway.adapters.sql.tenants import SqlTenants
 from gateway.core.catalogue import Catalogue
 from gateway.core.errors import GatewayError, upstream_not_found
 from gateway.core.events import Event
 from gateway.core.fleet import Notice
 from gateway.core.money import NANO
+from gateway.core.webhooks import CallbackRules
 from gateway.flows.credits import ManageTenants
 from gateway.flows.keys import KeyNames, ManageKeys, NewKey
+from gateway.flows.margin import ReadMargin
 from gateway.flows.recovery import LOST_AFTER_MS
 from gateway.flows.reload import Asked, AskToReload
+from gateway.flows.statements import ReadCredits
 from gateway.flows.tasks import ManageTasks, ReadTask, TaskView
 from gateway.flows.webhooks import ManageWebhooks
 from gateway.ports import AuditReport, BlobStore
@@ -89,6 +96,8 @@ class Books:
     drains: SqlDrains
     reloads: SqlReloads
     tenants: ManageTenants
+    read: ReadCredits
+    margin: ReadMargin
     keys: ManageKeys
     webhooks: ManageWebhooks
     data_dir: DataDir
@@ -228,6 +237,19 @@ def warnings_of(settings: Settings) -> tuple[str, ...]:
     return settings.warnings + settings.aging(today)
 
 
+def callback_rules(settings: Settings) -> CallbackRules:
+    """Tell which callback URLs are taken."""
+    return CallbackRules(settings.webhooks.ports, settings.webhooks.allow_networks)
+
+
+def _user() -> str:
+    # Not from the environment, where anybody can be anybody.
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
 def _announcer(settings: Settings) -> Callable[[Notice], Awaitable[None]]:
     # For what changes while gateways run. One that is not reached notices by itself.
     async def announce(notice: Notice) -> None:
@@ -293,7 +315,18 @@ async def open_books(
             outbox=outbox,
             drains=SqlDrains(database),
             reloads=SqlReloads(database),
-            tenants=ManageTenants(accounts, ledger, clock, chance),
+            tenants=ManageTenants(
+                accounts,
+                ledger,
+                SqlTenants(database),
+                clock,
+                chance,
+                announce=announce,
+                who=f"command of {_user()}",
+                callback_rules=callback_rules(settings),
+            ),
+            read=ReadCredits(SqlReports(database), clock),
+            margin=ReadMargin(SqlReports(database), settings.nanocredits_per_usd),
             keys=ManageKeys(
                 accounts,
                 clock,
@@ -345,11 +378,12 @@ async def first_run(books: Books) -> NewKey | None:
     What a crash left half done is completed: the first tenant alone, without a key.
     """
     known = [tenant for tenant, _ in await books.accounts.tenants()]
+    tenants = books.tenants.acting_as("first start")
     if not known:
-        known = [await books.tenants.create(FIRST_TENANT)]
+        known = [await tenants.create(FIRST_TENANT)]
     first, *others = known
     if others or first.name != FIRST_TENANT or await books.accounts.keys(first.id):
         return None
     grant = FIRST_CREDITS * NANO
-    await books.tenants.grant(first, grant, reference="first grant")
+    await tenants.grant(first, grant, reference="first grant")
     return await books.keys.create(first)

@@ -10,6 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gateway.accounting import (
+    grants,
+    holds,
+    import_,
+    margin,
+    reconcile,
+    refund,
+    resume,
+    set_tenant,
+    show_tenant,
+    statement,
+    suspend,
+    trail,
+    usage,
+)
 from gateway.generating import generate, show_estimate
 from gateway.steering import reload, routes, upstreams
 from gateway.terminal import (
@@ -662,6 +677,8 @@ def credits_balance(
 @listed
 @click.option("--tenant", required=True, help="The tenant's name.")
 @click.option("--reference", help="The same reference again changes nothing.")
+@click.option("--expires-at", help="What is left then is taken back: 2027-01-31.")
+@click.option("--note", help="What it is for.")
 @click.argument("amount")
 def credits_grant(
     config: Path | None,
@@ -670,16 +687,22 @@ def credits_grant(
     as_json: bool,
     tenant: str,
     reference: str | None,
+    expires_at: str | None,
+    note: str | None,
     amount: str,
 ) -> None:
     """Give a tenant credits, e.g. 250 or 0.5."""
     nanocredits = _nano(amount)
 
     async def run(books: Books) -> dict[str, str]:
+        from gateway.core.statements import parse_end
         from gateway.flows.credits import balance_texts
 
         owner = await books.tenants.named(tenant)
-        after = await books.tenants.grant(owner, nanocredits, reference=reference)
+        end_ms = None if expires_at is None else parse_end(expires_at, "expires_at")
+        after = await books.tenants.grant(
+            owner, nanocredits, reference=reference, expires_ms=end_ms, note=note
+        )
         return balance_texts(after)
 
     balance = with_books(config, data_dir, run)
@@ -705,8 +728,12 @@ def estimate(
     show_estimate(app.as_json(priced), as_json=as_json)
 
 
-for _command in (generate, reload, routes, upstreams):
+for _command in (generate, import_, margin, reload, routes, trail, upstreams, usage):
     main.add_command(_command)
+for _command in (grants, holds, reconcile, refund, statement):
+    credits_.add_command(_command)
+for _command in (resume, set_tenant, show_tenant, suspend):
+    tenants.add_command(_command)
 
 
 @main.command()
@@ -726,7 +753,8 @@ def audit(config: Path | None, data_dir: Path | None, *, as_json: bool) -> None:
         for name in ("tenants", "entries", "holds_open", "settlements")
     )
     drifts = [
-        f"{d['invariant']}: {d['subject']}: {d['detail']}" for d in report["drifts"]
+        f"{d['rule']} {d['invariant']}: {d['subject']}: {d['detail']}"
+        for d in report["drifts"]
     ]
     verdict = "clean" if report["clean"] else "DRIFT"
     show(report, "\n".join([f"{verdict} ({counts})", *drifts]), as_json=as_json)

@@ -7,14 +7,18 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from gateway.core.breaker import BreakerState, Health, Outcome, Window
+from gateway.core.catalogue import TenantPrice
 from gateway.core.events import Event
 from gateway.core.fleet import Hearing, Notice, Telling
 from gateway.core.key_limits import NO_LIMITS, KeyLimits, KeyUse
 from gateway.core.ledger import Balance, Settled
 from gateway.core.limits import Rate
+from gateway.core.money import decimal_text
 from gateway.core.pricing import CostSource
 from gateway.core.routing import NO_PREFERENCES, Preferences
+from gateway.core.statements import Cursor, Span, moment_or_none
 from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
+from gateway.core.terms import USUAL, Terms, card_facts, multiplier_text
 from gateway.core.webhooks import Answer, Delivery, Places, SigningKey
 from providers.kit.contract import (
     Billed,
@@ -59,6 +63,11 @@ class Key:
     of its meter has."""
     keys_version: int = field(default=0, compare=False)
     """Its tenant's when it was read: it is raised when a key begins to be counted."""
+
+    terms: Terms = USUAL
+    """What its tenant pays."""
+    suspended: bool = False
+    """Whether its tenant is."""
 
     @property
     def meter(self) -> str:
@@ -210,6 +219,8 @@ class TaskEnd:
     forget_key: bool = False
     fence: int = 0
     tenant_id: str = ""
+    price: TenantPrice | None = None
+    """What ``due_nanocredits`` was worked out by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,12 +346,13 @@ class TaskLine:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """One broken invariant found by the audit."""
+    """One broken invariant found by the audit. ``rule`` is its number, such as I2."""
 
     invariant: str
     subject: str
     detail: str
     drift_nanocredits: int
+    rule: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,6 +372,196 @@ class Succession:
 
     before: Key
     after: Key
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Who changes something, and when: what the audit trail says of it."""
+
+    id: str
+    who: str
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class NewGrant:
+    """Credits to be given. The same ``reference`` again changes nothing.
+
+    What is left at ``expires_ms`` is taken back; None never ends.
+    """
+
+    tenant_id: str
+    nanocredits: int
+    reference: str
+    expires_ms: int | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GrantRecord:
+    """A grant as it is kept; ``left_nanocredits`` is None for one that never ends."""
+
+    reference: str
+    nanocredits: int
+    created_ms: int
+    expires_ms: int | None
+    note: str | None
+    left_nanocredits: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class NewRefund:
+    """A part of a task's charge to be given back; None is all that is left of it."""
+
+    tenant_id: str
+    task_id: str
+    reference: str
+    nanocredits: int | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """What was taken back of a grant that is over."""
+
+    tenant_id: str
+    reference: str
+    nanocredits: int
+
+
+@dataclass(frozen=True, slots=True)
+class LowBalance:
+    """Below what a tenant is told, where to, and by which API key it is signed."""
+
+    nanocredits: int
+    url: str
+    key_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class TenantRecord:
+    """All that is kept of a tenant."""
+
+    id: str
+    name: str
+    created_ms: int
+    balance: Balance
+    suspended_ms: int | None = None
+    terms: Terms = USUAL
+    low: LowBalance | None = None
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What an operator has set, as JSON has it; credits as decimal texts."""
+        low = self.low
+        return {
+            "suspended_at": moment_or_none(self.suspended_ms),
+            "price_multiplier": multiplier_text(self.terms.multiplier_millionths),
+            "prices": card_facts(self.terms.cards),
+            "low_balance": None
+            if low is None
+            else {
+                "credits": decimal_text(low.nanocredits),
+                "url": low.url,
+                "key_id": low.key_id,
+            },
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A change in the audit trail; ``before`` and ``after`` are JSON."""
+
+    id: str
+    at_ms: int
+    who: str
+    what: str
+    tenant_id: str | None
+    subject: str
+    before_json: str | None
+    after_json: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of a tenant's statement. ``nanocredits`` is below 0 for what was taken.
+
+    ``reference`` is the task of a charge; else that of the grant or refund. ``note`` is
+    theirs; ``key_id``, ``variant`` and ``images`` are those of a charge.
+    """
+
+    txn_id: str
+    kind: str
+    nanocredits: int
+    created_ms: int
+    reference: str
+    task_id: str | None = None
+    note: str | None = None
+    key_id: str | None = None
+    variant: str | None = None
+    images: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenHold:
+    """Credits set aside for a task that is not over."""
+
+    task_id: str
+    key_id: str
+    variant: str
+    nanocredits: int
+    created_ms: int
+    expires_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class MarginRow:
+    """What an upstream earned and cost with a variant, each in its own currency.
+
+    A charge is that of the upstream whose pictures came last; ``upstream`` is None
+    where nothing was bought. What was absorbed was not charged.
+    """
+
+    upstream: str | None
+    variant: str | None
+    tasks: int
+    images: int
+    charged_nanocredits: int
+    absorbed_nanocredits: int
+    refunded_nanocredits: int
+    cost_nanousd: int
+    waste_nanousd: int
+
+
+@dataclass(frozen=True, slots=True)
+class CostLine:
+    """A call in the cost book. ``job_id`` is what the upstream calls it, if it said."""
+
+    task_id: str
+    seq: int
+    variant: str
+    kind: str
+    source: str
+    nanousd: int
+    created_ms: int
+    job_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """What was used and charged on a day, by a key, of a variant.
+
+    Days are counted from the epoch. None: the report is not broken down by it, or what
+    it sums up is older than the books remember.
+    """
+
+    day: int | None
+    key_id: str | None
+    variant: str | None
+    requests: int
+    images: int
+    charged_nanocredits: int
+    tokens: Usage
 
 
 # --- ports ---
@@ -694,6 +896,125 @@ class Ledger(Protocol):
 
     async def audit(self) -> AuditReport:
         """Recompute every invariant from the rows."""
+        ...
+
+
+class Treasury(Ledger, Protocol):
+    """Gives credits, and takes them back."""
+
+    async def give(self, grant: NewGrant, mark: Mark) -> Balance:
+        """Add credits, once.
+
+        Raises:
+            NotFoundError: there is no such tenant.
+            ConflictError: the reference stands for another grant, or the tenant has as
+                many grants that end as it may.
+            InvalidRequestError: an account cannot hold that much.
+        """
+        ...
+
+    async def refund(self, refund: NewRefund, mark: Mark) -> Balance:
+        """Give a part of a charge back, once.
+
+        Raises:
+            NotFoundError: the tenant has no such task that was charged.
+            ConflictError: it is more than is left of the charge, or the reference
+                stands for another refund.
+        """
+        ...
+
+    async def knows_grant(self, tenant_id: str, reference: str) -> bool:
+        """Tell whether a grant of that reference was given."""
+        ...
+
+    async def grants(
+        self, tenant_id: str, *, offset: int, limit: int
+    ) -> Sequence[GrantRecord]:
+        """List a tenant's grants, newest first."""
+        ...
+
+    async def expire(self, now_ms: int, limit: int) -> Sequence[Expired]:
+        """Take back what is left of grants that are over, as far as no hold has it."""
+        ...
+
+
+class Tenants(Protocol):
+    """Tenants, as an operator sees and changes them."""
+
+    async def add(self, tenant: Tenant, mark: Mark) -> None:
+        """Write a tenant.
+
+        Raises:
+            ConflictError: the name is taken.
+        """
+        ...
+
+    async def record(self, tenant: str) -> TenantRecord | None:
+        """Find a tenant by its id or its name."""
+        ...
+
+    async def page(
+        self, *, offset: int, limit: int
+    ) -> tuple[int, Sequence[TenantRecord]]:
+        """List tenants by name, with their number."""
+        ...
+
+    async def change(
+        self,
+        tenant_id: str,
+        what: str,
+        change: Callable[[TenantRecord], TenantRecord],
+        mark: Mark,
+    ) -> TenantRecord | None:
+        """Change a tenant; None if there is none. A change of nothing leaves no trace.
+
+        ``change`` is pure, and may be called several times.
+        """
+        ...
+
+    async def trail(
+        self, tenant_id: str | None, *, after: Cursor, limit: int
+    ) -> Sequence[Trace]:
+        """Read who changed what, newest first; of one tenant, or of all."""
+        ...
+
+    async def tell_low(self, now_ms: int) -> int:
+        """Write webhooks for balances that fell below what their tenants wish to know.
+
+        Once for each fall; returns how many.
+        """
+        ...
+
+
+class Reports(Protocol):
+    """What became of credits, to be read."""
+
+    async def entries(
+        self, tenant_id: str, span: Span, *, after: Cursor, limit: int
+    ) -> Sequence[Entry]:
+        """Read a tenant's entries, newest first, from behind a place on."""
+        ...
+
+    async def open_holds(
+        self, tenant_id: str, *, offset: int, limit: int
+    ) -> Sequence[OpenHold]:
+        """Read a tenant's open holds, newest first."""
+        ...
+
+    async def margin(self, span: Span) -> Sequence[MarginRow]:
+        """Sum up the books of all tenants, by upstream and variant."""
+        ...
+
+    async def costs(
+        self, upstream: str, span: Span, *, after: tuple[str, int], limit: int
+    ) -> Sequence[CostLine]:
+        """Read the cost book of an upstream, by task and call, from behind one on."""
+        ...
+
+    async def usage(
+        self, tenant_id: str, span: Span, by: Sequence[str], *, limit: int
+    ) -> Sequence[UsageRow]:
+        """Sum up what a tenant has used, by some of day, key, model; in that order."""
         ...
 
 

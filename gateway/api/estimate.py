@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 from litestar import asgi
 from litestar.handlers import ASGIRouteHandler
@@ -14,11 +16,15 @@ from gateway.api.render import number, token_counts
 from gateway.core.catalogue import Catalogue
 from gateway.core.pricing import Estimate, Quote, estimate
 from gateway.core.requests import ImageRequest, parse_generation
+from gateway.core.terms import USUAL, Terms, priced
 from gateway.flows.keys import Authenticate
 
 
 def estimate_body(
-    raw: object, catalogue: Catalogue, nanocredits_per_usd: int
+    raw: object,
+    catalogue: Catalogue,
+    nanocredits_per_usd: int,
+    terms: Terms = USUAL,
 ) -> dict[str, object]:
     """Price a request body; the prompt may be missing.
 
@@ -26,8 +32,9 @@ def estimate_body(
         GatewayError: the body breaks a rule of the request itself.
     """
     request = parse_generation(raw, catalogue, prompt_optional=True)
-    priced = estimate(request, nanocredits_per_usd=nanocredits_per_usd)
-    return _body(request, priced)
+    request = replace(request, variant=priced(request.variant, terms))
+    found = estimate(request, nanocredits_per_usd=nanocredits_per_usd)
+    return _body(request, found)
 
 
 def estimate_routes(
@@ -41,8 +48,9 @@ def estimate_routes(
         if scope["method"] != "POST":  # type: ignore[typeddict-item]
             note.headers["allow"] = "POST"
             raise MethodNotAllowedError("Use POST on this route.")
-        await key_of(authenticate, scope)
-        body = estimate_body(await read_json(receive), catalogue, nanocredits_per_usd)
+        key = await key_of(authenticate, scope)
+        raw = await read_json(receive)
+        body = estimate_body(raw, catalogue, nanocredits_per_usd, key.terms)
         headers = {"content-type": "application/json"}
         await send_answer(send, 200, headers, msgspec.json.encode(body))
 

@@ -56,6 +56,7 @@ from gateway.core.requests import (
     parse_generation,
 )
 from gateway.core.tasks import DeliveryMode
+from gateway.core.terms import priced
 from gateway.core.webhooks import CallbackRules, check_callback_url
 from gateway.flows.admission import Admission
 from gateway.flows.generate import (
@@ -228,7 +229,11 @@ class Images:
             self.catalogue,
             tenants_may_choose=self.tenants_may_choose,
         )
-        request = replace(asked.request, routing=said.together)
+        request = replace(
+            asked.request,
+            routing=said.together,
+            variant=priced(asked.request.variant, key.terms),
+        )
         asked = replace(asked, request=request)
         if request.callback_url is not None:
             check_callback_url(request.callback_url, self.callback_rules)

@@ -12,11 +12,18 @@ from litestar.params import FromPath
 from gateway.api.door import key_of
 from gateway.api.http import AnyRequest
 from gateway.api.render import number
-from gateway.core.catalogue import Catalogue, TokenPrice, TokenRule, Variant
+from gateway.core.catalogue import (
+    MILLIONTHS,
+    Catalogue,
+    TenantPrice,
+    TokenRule,
+    Variant,
+)
 from gateway.core.errors import NotFoundError
 from gateway.core.key_limits import check_model
 from gateway.core.requests import PROMPT_MAX_CHARS
 from gateway.core.sizes import AREA_MAX_PX, AREA_MIN_PX, EDGE_MAX_PX
+from gateway.core.terms import priced
 from gateway.flows.keys import Authenticate
 
 OWNER = "imageway"
@@ -34,7 +41,7 @@ def model_routes(
         """List the variants that the key may ask for, retired ones too."""
         key = await key_of(authenticate, request.scope)
         data = [
-            _model(variant, catalogue)
+            _model(priced(variant, key.terms), catalogue)
             for variant in catalogue.variants.values()
             if key.limits.models is None or variant.name in key.limits.models
         ]
@@ -52,7 +59,7 @@ def model_routes(
                 code="model_not_found",
             )
         check_model(key.limits, variant.name)
-        return _json(_model(variant, catalogue))
+        return _json(_model(priced(variant, key.terms), catalogue))
 
     return [list_models, get_model]
 
@@ -72,7 +79,7 @@ def _model(variant: Variant, catalogue: Catalogue) -> dict[str, object]:
         "status": status,
         "aliases": sorted(variant.aliases),
         "successor": variant.successor,
-        "pricing": _price(variant.price),
+        "pricing": _price(variant.tenant_price),
         "limits": _limits(variant),
     }
     if variant.shutdown_on is not None:
@@ -81,8 +88,9 @@ def _model(variant: Variant, catalogue: Catalogue) -> dict[str, object]:
     return model
 
 
-def _price(price: TokenPrice) -> dict[str, object]:
-    return {
+def _price(of_tenant: TenantPrice) -> dict[str, object]:
+    price = of_tenant.card
+    shown: dict[str, object] = {
         "unit": "credits per 1K tokens",
         "text_input": number(price.text_input * 1000),
         "text_cached_input": number(price.text_cached * 1000),
@@ -90,6 +98,9 @@ def _price(price: TokenPrice) -> dict[str, object]:
         "image_cached_input": number(price.image_cached * 1000),
         "image_output": number(price.image_output * 1000),
     }
+    if of_tenant.multiplier_millionths != MILLIONTHS:
+        shown["multiplier"] = number(of_tenant.multiplier_millionths * 1000)
+    return shown
 
 
 def _limits(variant: Variant) -> dict[str, object]:

@@ -123,7 +123,7 @@ def _delivery(delivery: Delivery) -> dict[str, object]:
     return {
         "id": delivery.id,
         "object": "webhook.delivery",
-        "task_id": delivery.task_id,
+        "task_id": delivery.task_id or None,
         "key_id": delivery.key_id,
         "event": delivery.event,
         "url": delivery.url,

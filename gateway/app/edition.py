@@ -19,7 +19,8 @@ from gateway.adapters.memory import memory_gauge
 from gateway.adapters.outbound import SystemResolver
 from gateway.adapters.webhooks import GuardedSender
 from gateway.api.admin import AdminGate, admin_routes
-from gateway.api.credits import credit_routes
+from gateway.api.books import book_routes
+from gateway.api.credits import CreditsApi, credit_routes
 from gateway.api.errors import internal_error, render_error
 from gateway.api.estimate import estimate_routes
 from gateway.api.files import FileApi, file_routes
@@ -32,10 +33,11 @@ from gateway.api.models import model_routes
 from gateway.api.reload import Reload, reload_routes
 from gateway.api.render import Renderer
 from gateway.api.tasks import task_routes
+from gateway.api.tenants import WHO, TenantsApi, tenant_routes
 from gateway.api.upstreams import Explain, explain_routes, upstream_routes
 from gateway.api.webhooks import webhook_admin_routes, webhook_routes
 from gateway.app.standing import Standing
-from gateway.books import Books, StartError, names_for_keys
+from gateway.books import Books, StartError, callback_rules, names_for_keys
 from gateway.core.addresses import UrlRules
 from gateway.core.catalogue import Catalogue
 from gateway.core.errors import (
@@ -44,6 +46,7 @@ from gateway.core.errors import (
     NotFoundError,
     storage_full,
 )
+from gateway.core.fleet import Notice
 from gateway.core.webhooks import CallbackRules, Delivery
 from gateway.flows.admission import Admission
 from gateway.flows.dispatch import Dispatcher
@@ -107,8 +110,8 @@ class Outside:
 def reach_outside(settings: Settings) -> Outside:
     """Build what reaches addresses that callers name, as far as the config allows."""
     clock, resolver = SystemClock(), SystemResolver()
-    webhooks, inputs = settings.webhooks, settings.inputs
-    rules = CallbackRules(webhooks.ports, webhooks.allow_networks)
+    inputs = settings.inputs
+    rules = callback_rules(settings)
     schemes = ("https", "http") if inputs.allow_http else ("https",)
     fetcher = GuardedFetcher(
         clock,
@@ -264,7 +267,21 @@ def build_edition(
         storage_trouble=shelves.trouble,
     )
 
+    shows = CreditsApi(books.tenants, books.read)
+
+    async def announce(notice: Notice) -> None:
+        authenticate.forget(notice.subject)
+        await books.announce(notice)
+
+    manage = replace(
+        books.tenants.acting_as(WHO),
+        callback_rules=outside.callback_rules,
+        announce=announce,
+    )
+
     async def rendered(delivery: Delivery) -> bytes:
+        if delivery.body is not None:
+            return delivery.body.encode()
         view = await read_task(delivery.task_id, delivery.tenant_id)
         origin = view.record.origin if view.record is not None else ""
         link_to = links.at(settings.server.public_url.rstrip("/") or origin)
@@ -282,7 +299,14 @@ def build_edition(
                 links,
                 renderer,
             ),
-            *credit_routes(authenticate, books.tenants),
+            *credit_routes(authenticate, shows),
+            *tenant_routes(TenantsApi(gate, manage, shows, settings.variants)),
+            *book_routes(
+                gate,
+                replace(books.margin, nanocredits_per_usd=settings.nanocredits_per_usd),
+                books.audit,
+                clock,
+            ),
             *model_routes(authenticate, catalogue),
             *link_routes(OpenLinks(links, shelves.results, shelves.uploads, clock)),
             *file_routes(file_api),

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 SWEEP_EVERY_S = 60.0
 EXPIRE_EVERY_S = 900.0
 AUDIT_EVERY_S = 3600.0
+GRANTS_EVERY_S = 10.0
+LOW_EVERY_S = 10.0
 TRIM_EVERY_S = 2.0
 SAMPLE_EVERY_S = 1.0
 TASK_KEPT_MS = 30 * 24 * 3600 * 1000
@@ -110,6 +112,8 @@ class Standing:
             "sent results": (SWEEP_EVERY_S, self.results.forget_sent),
             "expired results": (EXPIRE_EVERY_S, self._expire),
             "audit": (AUDIT_EVERY_S, self.audit),
+            "grants that are over": (GRANTS_EVERY_S, self.books.tenants.expire_grants),
+            "low balances": (LOW_EVERY_S, self.books.tenants.tell_low_balances),
             "free memory": (TRIM_EVERY_S, trimmed),
             "what others show": (SAMPLE_EVERY_S, self.metrics.sample),
         }

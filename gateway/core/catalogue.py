@@ -43,6 +43,26 @@ class TokenPrice:
         )
 
 
+MILLIONTHS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class TenantPrice:
+    """What a tenant pays: a card, times a multiplier in millionths."""
+
+    card: TokenPrice
+    multiplier_millionths: int = MILLIONTHS
+
+    def total(self, usage: Usage) -> int:
+        """Price the whole usage of a request, in nano-credits.
+
+        The card is exact; what the multiplier makes of the sum is rounded once, half
+        up.
+        """
+        exact = self.card.total(usage) * self.multiplier_millionths
+        return (exact + MILLIONTHS // 2) // MILLIONTHS
+
+
 @dataclass(frozen=True, slots=True)
 class Variant:
     """A model name that clients ask for, with its limits and the tenant's price.
@@ -64,6 +84,13 @@ class Variant:
     successor: str | None = None
     retired: bool = False
     created_s: int = 0
+    multiplier_millionths: int = MILLIONTHS
+    """Of the tenant that asks; see ``core.terms``."""
+
+    @property
+    def tenant_price(self) -> TenantPrice:
+        """What the tenant pays."""
+        return TenantPrice(self.price, self.multiplier_millionths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +164,7 @@ class Catalogue:
 
 
 __all__ = [
+    "MILLIONTHS",
     "Capabilities",
     "Catalogue",
     "CostCard",
@@ -145,6 +173,7 @@ __all__ = [
     "PerImage",
     "PerMegapixel",
     "PerToken",
+    "TenantPrice",
     "TokenPrice",
     "TokenRule",
     "Usage",

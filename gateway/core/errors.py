@@ -126,6 +126,15 @@ class ForbiddenError(GatewayError):
     code = "model_access_denied"
 
 
+def tenant_suspended() -> ForbiddenError:
+    """Say that a tenant may not use the gateway for now."""
+    return ForbiddenError(
+        "The tenant of this API key is suspended. What runs is finished; nothing new "
+        "is taken. Ask the operator.",
+        code="tenant_suspended",
+    )
+
+
 class NotFoundError(GatewayError):
     """What was asked for is not there (or belongs to another tenant)."""
 

@@ -6,11 +6,13 @@ tests run them again, apart from the store.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 REVENUE = "revenue"
 GRANTS = "grants"
 ABSORBED = "absorbed"
+EXPIRED = "expired"
 
 
 def tenant_account(tenant_id: str) -> str:
@@ -23,7 +25,7 @@ class Balance:
     """A tenant's credits, in nano-credits.
 
     ``posted`` is the sum of all entries; ``held`` the part of it that open holds set
-    aside; ``spent`` all that was ever charged.
+    aside; ``spent`` all that was ever charged, less refunds.
     """
 
     posted: int = 0
@@ -71,6 +73,48 @@ def settle(balance: Balance, held: int, due: int) -> tuple[Balance, Settled]:
     return after, Settled(charged=charged, absorbed=due - charged)
 
 
+def refund(balance: Balance, nanocredits: int) -> Balance:
+    """Give a part of what was charged back."""
+    assert 0 < nanocredits <= balance.spent, (nanocredits, balance)
+    return replace(
+        balance,
+        posted=balance.posted + nanocredits,
+        spent=balance.spent - nanocredits,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Lot:
+    """What is left of a grant that ends, in nano-credits."""
+
+    reference: str
+    expires_ms: int
+    nanocredits: int
+
+
+def drawn(lots: Iterable[Lot], nanocredits: int) -> dict[str, int]:
+    """Take a charge out of grants that end, the soonest first, as far as they go.
+
+    Returns how much of each; what is left of the charge is taken from credits that do
+    not end.
+    """
+    taken: dict[str, int] = {}
+    for lot in sorted(lots, key=lambda lot: (lot.expires_ms, lot.reference)):
+        part = min(lot.nanocredits, nanocredits)
+        if part:
+            taken[lot.reference] = part
+        nanocredits -= part
+    return taken
+
+
+def expired(balance: Balance, lot: Lot) -> int:
+    """Tell how much of a grant that is over can be taken out of the balance now.
+
+    What open holds have set aside stays until they are closed.
+    """
+    return min(lot.nanocredits, balance.available)
+
+
 def settlement_entries(tenant_id: str, settled: Settled) -> dict[str, int]:
     """Double-entry lines of a settlement, in nano-credits; they sum to zero."""
     lines = {
@@ -84,3 +128,13 @@ def settlement_entries(tenant_id: str, settled: Settled) -> dict[str, int]:
 def grant_entries(tenant_id: str, nanocredits: int) -> dict[str, int]:
     """Double-entry lines of a grant, in nano-credits; they sum to zero."""
     return {tenant_account(tenant_id): nanocredits, GRANTS: -nanocredits}
+
+
+def refund_entries(tenant_id: str, nanocredits: int) -> dict[str, int]:
+    """Double-entry lines of a refund, in nano-credits; they sum to zero."""
+    return {tenant_account(tenant_id): nanocredits, REVENUE: -nanocredits}
+
+
+def expiry_entries(tenant_id: str, nanocredits: int) -> dict[str, int]:
+    """Double-entry lines of a grant's end, in nano-credits; they sum to zero."""
+    return {tenant_account(tenant_id): -nanocredits, EXPIRED: nanocredits}

@@ -9,6 +9,7 @@ from gateway.core.catalogue import Catalogue
 from gateway.core.preferences import parse_routing, routing_facts
 from gateway.core.requests import ImageRequest
 from gateway.core.sizes import Size
+from gateway.core.terms import at_price, price_facts
 
 _BESIDE = {"variant", "references", "mask", "reference_params", "ignored"}
 KEPT_SCHEME = "kept:"
@@ -23,6 +24,8 @@ def order_json(request: ImageRequest, pictures: int, *, has_mask: bool) -> str:
         if field.name not in _BESIDE
     }
     facts["variant"] = request.variant.name
+    # What it was held at, it is settled at: prices may change meanwhile.
+    facts["price"] = price_facts(request.variant)
     facts["routing"] = routing_facts(request.routing)
     facts["references"] = [f"{KEPT_SCHEME}{place}" for place in range(pictures)]
     facts["mask"] = f"{KEPT_SCHEME}{pictures}" if has_mask else None
@@ -36,8 +39,9 @@ def request_from(text: str, catalogue: Catalogue) -> ImageRequest | None:
     if variant is None:
         return None
     size = facts.pop("size")
+    price = facts.pop("price", None)
     return ImageRequest(
-        variant=variant,
+        variant=variant if price is None else at_price(variant, price),
         size=Size(*size) if size else None,
         references=tuple(facts.pop("references")),
         routing=parse_routing(facts.pop("routing", None)),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from gateway.core.catalogue import (
+    MILLIONTHS,
     Offer,
     PerImage,
     PerMegapixel,
@@ -31,7 +32,6 @@ from gateway.core.tokens import (
 from providers.kit.contract import Done
 
 PIXELS_PER_MEGAPIXEL = 1_000_000
-MILLIONTHS = 1_000_000
 
 CostSource = Literal["usd", "units", "usage", "card", "estimate"]
 """How it is known what an attempt cost, the best source first: money that the upstream
@@ -60,16 +60,16 @@ class Estimate:
 
 
 def charge_nanocredits(usage: Usage, variant: Variant) -> int:
-    """Price a usage for the tenant, in nano-credits. Exact."""
-    return variant.price.total(usage)
+    """Price a usage for the tenant, in nano-credits; see ``TenantPrice``."""
+    return variant.tenant_price.total(usage)
 
 
 def hold_nanocredits(
     request: ImageRequest, references: References | None = None
 ) -> int:
-    """Return the most that a request can cost the tenant, in nano-credits."""
+    """Return the most that a request can cost the tenant, in nano-credits; above 0."""
     usage = bound_usage(request, references).times(request.n)
-    return charge_nanocredits(usage, request.variant)
+    return max(1, charge_nanocredits(usage, request.variant))
 
 
 def estimate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import json
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from gateway.core.addresses import (
     may_reach,
 )
 from gateway.core.errors import InvalidRequestError, RateLimitedError
+from gateway.core.money import decimal_text
 
 CALLBACK_URL_MAX_CHARS = 2_048
 TRIES_AFTER_S = (5, 60, 600)
@@ -33,6 +35,9 @@ SECRETS_MAX = 5
 """As many sign one webhook: each adds 48 characters to its header."""
 GONE = 410
 ASK_TO_WAIT = frozenset({429, 503})
+
+LOW = "credits.low"
+"""The event of a balance below its tenant's threshold."""
 
 PENDING, DELIVERED, FAILED = "pending", "delivered", "failed"
 STATES = (PENDING, DELIVERED, FAILED)
@@ -61,6 +66,8 @@ class Delivery:
     delivered_ms: int | None = None
     round: int = 0
     """Counts redeliveries, so that a try made before one is not taken for its own."""
+    body: str | None = None
+    """What is sent, if it is of no task; else the task as it is then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +193,26 @@ def event_name(state: str) -> str:
 def event_id(task_id: str, state: str) -> str:
     """Name the one event of its kind that a task has: equal at each try."""
     return f"evt_{task_id}_{state}"
+
+
+def low_event_id(tenant_id: str, at_ms: int) -> str:
+    """Name the event of a balance that fell below its threshold."""
+    return f"evt_{tenant_id}_low_{at_ms}"
+
+
+def low_body(
+    tenant_id: str, at_ms: int, left_nanocredits: int, threshold_nanocredits: int
+) -> str:
+    """Write what the receiver is told of a low balance; credits are exact numbers."""
+    head = {
+        "id": low_event_id(tenant_id, at_ms),
+        "object": "event",
+        "type": LOW,
+        "created": at_ms // 1000,
+    }
+    left, below = decimal_text(left_nanocredits), decimal_text(threshold_nanocredits)
+    data = f'{{"remaining_credits": {left}, "threshold_credits": {below}}}'
+    return f'{json.dumps(head)[:-1]}, "data": {data}}}'
 
 
 def host_of(url: str) -> str:

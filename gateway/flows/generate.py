@@ -413,6 +413,7 @@ class Generate:
             due_nanocredits=due,
             usage=usage,
             usage_source="none" if usage is None else "reported",
+            price=None if usage is None else variant.tenant_price,
             error_json=cancelled_json(due),
             fence=accepted.fence,
         )
@@ -512,6 +513,7 @@ class Generate:
             due_nanocredits=pricing.charge_nanocredits(usage, request.variant),
             usage=usage,
             usage_source=source,
+            price=request.variant.tenant_price,
             answer_json=json.dumps(
                 {
                     "background": facts.background,

@@ -14,6 +14,7 @@ from gateway.core.errors import (
     NotFoundError,
     RateLimitedError,
     UnauthorizedError,
+    tenant_suspended,
 )
 from gateway.core.fleet import Notice, Topic
 from gateway.core.key_limits import (
@@ -90,7 +91,8 @@ class Authenticate:
         Raises:
             UnauthorizedError: none is given, or it is malformed, unknown, revoked or
                 expired.
-            ForbiddenError: it is not for that, or not from there.
+            ForbiddenError: it is not for that, or not from there, or its tenant is
+                suspended.
             RateLimitedError: too many unknown keys came from there.
         """
         text = bearer(authorization)
@@ -109,6 +111,8 @@ class Authenticate:
             raise UnauthorizedError(
                 "The API key was revoked. Use another one.", code="key_disabled"
             )
+        if key.suspended:
+            raise tenant_suspended()
         check_use(key.limits, needs, address, self.clock.now_ms())
         return key
 

@@ -16,16 +16,27 @@ from typing import Any, Protocol
 
 from gateway.adapters.sql.accounts import SqlAccounts
 from gateway.adapters.sql.database import Database, Operation, Row, T, Transaction
+from gateway.adapters.sql.deliveries import SqlOutbox
 from gateway.adapters.sql.drains import SqlDrains
 from gateway.adapters.sql.ledger import SqlLedger
 from gateway.adapters.sql.migrations import migrate
 from gateway.adapters.sql.postgres import PostgresDatabase
 from gateway.adapters.sql.queue import SqlQueue
+from gateway.adapters.sql.reports import SqlReports
 from gateway.adapters.sql.sqlite import SqliteDatabase
 from gateway.adapters.sql.tasks import SqlTaskStore
+from gateway.adapters.sql.tenants import SqlTenants
 from gateway.core.ledger import Balance
 from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
-from gateway.ports import AttemptEnd, NewAttempt, NewTask, StoredResult, TaskEnd, Tenant
+from gateway.ports import (
+    AttemptEnd,
+    Mark,
+    NewAttempt,
+    NewTask,
+    StoredResult,
+    TaskEnd,
+    Tenant,
+)
 from providers.kit.contract import Billed, Usage
 from tests.servers import postgres_database
 
@@ -59,7 +70,10 @@ class Sqlite:
         return database
 
     def corrupting(self, sql: str) -> tuple[str, ...]:
-        tables = ("entries", "grants", "holds", "settlements", "cost_book")
+        tables = (
+            *("entries", "grants", "holds", "settlements", "cost_book"),
+            *("draws", "refunds", "trail"),
+        )
         triggers = (
             f"DROP TRIGGER IF EXISTS {table}_refuses_{verb}"
             for table in tables
@@ -119,8 +133,20 @@ class Stores:
         return SqlLedger(self.database)
 
     @property
+    def outbox(self) -> SqlOutbox:
+        return SqlOutbox(self.database)
+
+    @property
+    def tenants(self) -> SqlTenants:
+        return SqlTenants(self.database)
+
+    @property
     def accounts(self) -> SqlAccounts:
         return SqlAccounts(self.database)
+
+    @property
+    def reports(self) -> SqlReports:
+        return SqlReports(self.database)
 
     @property
     def drains(self) -> SqlDrains:
@@ -227,6 +253,10 @@ class _Noting:
     async def changes(self, *changes: Any) -> list[int]:
         self.statements.update(change[0] for change in changes)
         return await self.inner.changes(*changes)
+
+
+def a_mark(change_id: str = "chg-1", at_ms: int = NOW_MS) -> Mark:
+    return Mark(change_id, "a test", at_ms)
 
 
 def a_task(task_id: str = "task-1", **changes: Any) -> NewTask:

@@ -23,31 +23,50 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
+    run_state_machine_as_test,
 )
 
 from gateway.adapters.sql.database import StoreFailedError, Transaction
 from gateway.adapters.sql.ledger import CHECKS, Check
+from gateway.core.catalogue import TenantPrice, TokenPrice
 from gateway.core.errors import (
     ConflictError,
     InsufficientCreditsError,
     InvalidRequestError,
     NotFoundError,
 )
-from gateway.core.ledger import Balance, Settled, hold, settle
+from gateway.core.ledger import (
+    Balance,
+    Lot,
+    Settled,
+    drawn,
+    expired,
+    hold,
+    refund,
+    settle,
+)
 from gateway.core.money import NANO_MAX
-from gateway.ports import AuditReport, Drift
+from gateway.ports import AuditReport, Drift, Mark, NewGrant, NewRefund
+from providers.kit.contract import Usage
 from tests.contract.stores import (
     BACKENDS,
     NOW_MS,
     TENANT,
     Stores,
+    a_mark,
     a_task,
     a_void,
     an_end,
     open_stores,
 )
+from tests.servers import installed
 
 T = TypeVar("T")
+PRICE = TenantPrice(TokenPrice(2, 0, 0, 0, 2))
+"""The usage of ``task-5`` costs 60 by it."""
+TABLES = ["entries", "grants", "holds", "settlements", "draws", "refunds", "trail"]
+SETTLING = """INSERT INTO settlements (task_id, due, charged, absorbed, usage_source,
+    created_ms, tenant_id) VALUES ({})"""
 
 
 @pytest.fixture(params=BACKENDS)
@@ -140,15 +159,31 @@ async def lived_in(stores: Stores) -> None:
     await stores.tasks.finish(an_end("task-1"))
     await stores.tasks.finish(a_void("task-2"))
     await stores.tasks.finish(an_end("task-4", due_nanocredits=130))
+    await grants_that_end(stores)
     await stores.change(
         """INSERT INTO cost_book VALUES
-        ('task-1', 1, 'openai', 'gpt-image-2', 'cost', 'usage', 5, 0, 7)"""
+        ('task-1', 1, 'openai', 'gpt-image-2', 'cost', 'usage', 5, 0, 7, NULL)"""
     )
 
 
-@pytest.mark.parametrize("table", ["entries", "grants", "holds", "settlements"])
+async def grants_that_end(stores: Stores) -> None:
+    """Give a tenant a grant that is over, one that ends, a charge and a refund."""
+    await stores.fund(0, "t-3")
+    for reference, expires_ms in (("ended", NOW_MS + 5), ("ends", NOW_MS + 10_000)):
+        grant = NewGrant("t-3", 100, reference, expires_ms)
+        await stores.ledger.give(grant, a_mark(f"give {reference}"))
+    await stores.ledger.expire(NOW_MS + 6, 10)
+    await stores.tasks.open(a_task("task-5", tenant_id="t-3"))
+    await stores.tasks.finish(
+        an_end("task-5", usage=Usage(text_input=10, image_output=20), price=PRICE)
+    )
+    refund = NewRefund("t-3", "task-5", "r-1", 20)
+    await stores.ledger.refund(refund, a_mark("refund"))
+
+
+@pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize(
-    "sql", ["UPDATE {} SET created_ms = 0", "DELETE FROM {}"], ids=["update", "delete"]
+    "sql", ["UPDATE {} SET {} = 0", "DELETE FROM {}"], ids=["update", "delete"]
 )
 async def test_what_is_booked_stays_booked(
     stores: Stores, table: str, sql: str
@@ -156,8 +191,9 @@ async def test_what_is_booked_stays_booked(
     await lived_in(stores)
     before = await stores.rows(f"SELECT * FROM {table}")
 
+    when = "at_ms" if table == "trail" else "created_ms"
     with pytest.raises(StoreFailedError):
-        await stores.change(sql.format(table))
+        await stores.change(sql.format(table, when))
 
     assert await stores.rows(f"SELECT * FROM {table}") == before != []
 
@@ -171,9 +207,9 @@ async def test_what_is_booked_stays_booked(
         "UPDATE accounts SET held = posted + 1",
         "UPDATE accounts SET spent = -1",
         "UPDATE tasks SET state = 'completed' WHERE id = 'task-3'",
-        "INSERT INTO settlements VALUES ('task-3', 10, 5, 4, 'x', 0, '', '')",
-        "INSERT INTO settlements VALUES ('task-1', 0, 0, 0, 'x', 0, '', '')",
-        "INSERT INTO settlements VALUES ('ghost', 0, 0, 0, 'x', 0, '', '')",
+        SETTLING.format("'task-3', 10, 5, 4, 'x', 0, 't-1'"),
+        SETTLING.format("'task-1', 0, 0, 0, 'x', 0, 't-1'"),
+        SETTLING.format("'ghost', 0, 0, 0, 'x', 0, 't-1'"),
     ],
 )
 async def test_the_schema_itself_refuses_what_is_wrong(
@@ -194,7 +230,7 @@ async def test_an_audit_says_what_it_looked_at(stores: Stores) -> None:
     await lived_in(stores)
 
     assert await stores.ledger.audit() == AuditReport(
-        tenants=2, entries=9, holds_open=1, settlements=3, drifts=()
+        tenants=3, entries=19, holds_open=1, settlements=4, drifts=()
     )
 
 
@@ -223,7 +259,7 @@ PLANTED = {
         "t-1",
         "UPDATE accounts SET held = held - 1 WHERE tenant_id = 't-1'",
     ),
-    "spent is the sum of the tenant's charges": (
+    "spent is the sum of the tenant's charges less refunds": (
         "t-2",
         "UPDATE accounts SET spent = spent + 1 WHERE tenant_id = 't-2'",
     ),
@@ -252,7 +288,7 @@ PLANTED = {
     ),
     "a settlement closes a hold": (
         "ghost",
-        "INSERT INTO settlements VALUES ('ghost', 0, 0, 0, 'none', 0, '', '')",
+        SETTLING.format("'ghost', 0, 0, 0, 'none', 0, 't-1'"),
     ),
     "charged and absorbed make up what is due": (
         "task-1",
@@ -310,6 +346,56 @@ PLANTED = {
         "ghost total, tasks in flight: 0 expected, 2 found",
         "INSERT INTO key_use VALUES ('ghost', 'total', 7, 2)",
     ),
+    "what is left of a grant is the grant less what was drawn": (
+        "t-3:ends",
+        "UPDATE lots SET nanocredits = nanocredits + 1",
+    ),
+    "what is kept of a grant that ends is of a grant that ends": (
+        "t-3:ends",
+        "UPDATE lots SET expires_ms = expires_ms + 1",
+    ),
+    "an account knows how many grants that end it has": (
+        "t-3",
+        "UPDATE accounts SET lots = 0 WHERE tenant_id = 't-3'",
+    ),
+    "a charge draws no more of grants that end than it is": (
+        "charge:task-5",
+        "UPDATE draws SET nanocredits = 61 WHERE kind = 'charge'",
+    ),
+    "what ended is entered as it was drawn": (
+        "expiry:t-3:ended#1",
+        "UPDATE draws SET nanocredits = nanocredits + 1 WHERE kind = 'expiry'",
+    ),
+    "every entry of an end has its draw": (
+        "expiry:t-3:ended#1",
+        "DELETE FROM draws WHERE kind = 'expiry'",
+    ),
+    "a webhook follows its settlement": (
+        "evt_ghost_completed",
+        """INSERT INTO deliveries (id, task_id, tenant_id, key_id, event, url, host,
+            state, next_ms, created_ms)
+        VALUES ('evt_ghost_completed', 'ghost', 't-1', 'key-1', 'task.completed',
+            'https://x', 'x', 'pending', 0, 0)""",
+    ),
+    "a charge is what its usage costs": (
+        "task-5",
+        "UPDATE settlements SET text_input = text_input + 1 WHERE task_id = 'task-5'",
+    ),
+    "a task is charged once": (
+        "task-1",
+        """INSERT INTO entries (txn_id, account, nanocredits, kind, reference,
+            created_ms)
+        VALUES ('charge:task-1', 'tenant:t-2', -60, 'charge', 'task-1', 0)""",
+    ),
+    "refunds are at most the charge": (
+        "task-5",
+        "UPDATE refunds SET nanocredits = 61",
+    ),
+    "a refund is entered as it was made": (
+        "t-3:r-1",
+        "DELETE FROM entries WHERE kind = 'refund' AND account = 'tenant:t-3'",
+    ),
+    "every refund entry has its refund": ("refund:t-3:r-1", "DELETE FROM refunds"),
     "every cost has a source that is known": (
         "task-1 #9",
         """INSERT INTO cost_book (task_id, seq, upstream, variant, kind, source,
@@ -333,8 +419,26 @@ async def test_the_audit_finds_planted_corruption(stores: Stores, broken: str) -
     assert (broken, subject) in await stores.broken()
 
 
+WHOLE = "money is whole numbers"
+
+
 async def test_every_invariant_has_been_broken_once() -> None:
-    assert set(PLANTED) == {check.invariant for check in CHECKS}
+    assert set(PLANTED) | {WHOLE} == {check.invariant for check in CHECKS}
+
+
+async def test_every_rule_of_the_books_is_looked_at() -> None:
+    assert {check.rule for check in CHECKS} == {f"I{n}" for n in range(1, 11)}
+
+
+async def test_a_fraction_that_sqlite_would_keep_is_found(tmp_path: Path) -> None:
+    async with open_stores("sqlite", tmp_path) as stores:
+        await lived_in(stores)
+
+        await stores.corrupt(
+            "UPDATE holds SET nanocredits = 99.5 WHERE task_id = 'task-2'"
+        )
+
+        assert (WHOLE, "holds task-2") in await stores.broken()
 
 
 async def test_the_audit_of_a_large_ledger_asks_nothing_row_by_row(
@@ -367,11 +471,15 @@ async def test_a_drift_says_by_how_much(stores: Stores) -> None:
             subject="t-1",
             detail="expected 0.00000094, found 0.0000009",
             drift_nanocredits=-40,
+            rule="I2",
         ),
     )
 
 
 # --- the store against the pure rules ---
+
+TENANTS = st.sampled_from(["t-1", "t-2"])
+REFERENCES = st.sampled_from("abcdef")
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -388,13 +496,21 @@ class LedgerMachine(RuleBasedStateMachine):
         self.stores = self.do(
             self.exits.enter_async_context(open_stores(self.backend, self.directory))
         )
+        self.now_ms = NOW_MS
+        self.marks = 0
         self.balances: dict[str, Balance] = {}
-        self.grants: dict[tuple[str, str], int] = {}
+        self.grants: dict[tuple[str, str], tuple[int, int | None]] = {}
+        self.lots: dict[tuple[str, str], Lot] = {}
         self.holds: dict[str, tuple[str, int]] = {}
         self.settled: dict[str, Settled] = {}
+        self.refunds: dict[tuple[str, str], tuple[str, int]] = {}
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(work)
+
+    def mark(self) -> Mark:
+        self.marks += 1
+        return a_mark(f"chg-{self.marks}", self.now_ms)
 
     @initialize()
     def two_tenants(self) -> None:
@@ -403,31 +519,33 @@ class LedgerMachine(RuleBasedStateMachine):
             self.balances[tenant_id] = Balance()
 
     @rule(
-        tenant_id=st.sampled_from(["t-1", "t-2"]),
-        reference=st.sampled_from("abcdef"),
+        tenant_id=TENANTS,
+        reference=REFERENCES,
         nanocredits=st.sampled_from([1, 100, 250]),
+        ends_ms=st.sampled_from([None, None, NOW_MS + 20, NOW_MS + 40]),
     )
-    def grant(self, tenant_id: str, reference: str, nanocredits: int) -> None:
-        granting = self.stores.ledger.grant(
-            tenant_id, nanocredits, reference=reference, now_ms=NOW_MS
-        )
-        earlier = self.grants.setdefault((tenant_id, reference), 0)
-        if earlier not in {0, nanocredits}:
-            with pytest.raises(ConflictError):
-                self.do(granting)
-            return
+    def grant(
+        self, tenant_id: str, reference: str, nanocredits: int, ends_ms: int | None
+    ) -> None:
+        grant = NewGrant(tenant_id, nanocredits, reference, ends_ms)
+        giving = self.stores.ledger.give(grant, self.mark())
         before = self.balances[tenant_id]
-        self.grants[tenant_id, reference] = nanocredits
-        self.balances[tenant_id] = replace(
-            before, posted=before.posted + nanocredits - earlier
-        )
-        assert self.do(granting) == self.balances[tenant_id]
+        known = self.grants.get((tenant_id, reference))
+        if known is not None and known != (nanocredits, ends_ms):
+            with pytest.raises(ConflictError):
+                self.do(giving)
+            return
+        if known is None:
+            self.grants[tenant_id, reference] = (nanocredits, ends_ms)
+            self.balances[tenant_id] = replace(
+                before, posted=before.posted + nanocredits
+            )
+            if ends_ms is not None:
+                lot = Lot(reference, ends_ms, nanocredits)
+                self.lots[tenant_id, reference] = lot
+        assert self.do(giving) == self.balances[tenant_id]
 
-    @rule(
-        target=tasks,
-        tenant_id=st.sampled_from(["t-1", "t-2"]),
-        nanocredits=st.integers(1, 150),
-    )
+    @rule(target=tasks, tenant_id=TENANTS, nanocredits=st.integers(1, 150))
     def open(self, tenant_id: str, nanocredits: int) -> str:
         task_id = f"task-{len(self.holds)}"
         task = a_task(task_id, tenant_id=tenant_id, hold_nanocredits=nanocredits)
@@ -442,8 +560,8 @@ class LedgerMachine(RuleBasedStateMachine):
         return task_id
 
     @precondition(lambda self: self.holds)
-    @rule(task_id=tasks, due=st.integers(0, 400))
-    def finish(self, task_id: str, due: int) -> None:
+    @rule(task_id=tasks, due=st.integers(0, 400), again=st.booleans())
+    def finish(self, task_id: str, due: int, again: bool) -> None:
         end = an_end(task_id, due_nanocredits=due) if due else a_void(task_id)
         if task_id not in self.holds:
             with pytest.raises(NotFoundError):
@@ -451,19 +569,88 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         if task_id not in self.settled:
             tenant_id, held = self.holds[task_id]
-            self.balances[tenant_id], self.settled[task_id] = settle(
+            self.balances[tenant_id], settled = settle(
                 self.balances[tenant_id], held, due
             )
+            self.settled[task_id] = settled
+            mine = [lot for (owner, _), lot in self.lots.items() if owner == tenant_id]
+            for reference, part in drawn(mine, settled.charged).items():
+                self.draw(tenant_id, reference, part)
         assert self.do(self.stores.tasks.finish(end)) == self.settled[task_id]
+        if again:
+            assert self.do(self.stores.tasks.finish(end)) == self.settled[task_id]
+
+    @precondition(lambda self: self.settled)
+    @rule(
+        task_id=tasks,
+        reference=REFERENCES,
+        nanocredits=st.one_of(st.none(), st.integers(1, 200)),
+    )
+    def refund(self, task_id: str, reference: str, nanocredits: int | None) -> None:
+        tenant_id = self.holds[task_id][0] if task_id in self.holds else "t-1"
+        asked = NewRefund(tenant_id, task_id, reference, nanocredits)
+        refunding = self.stores.ledger.refund(asked, self.mark())
+        known = self.refunds.get((tenant_id, reference))
+        if task_id not in self.settled:
+            with pytest.raises(NotFoundError):
+                self.do(refunding)
+            return
+        charged = self.settled[task_id].charged
+        left = charged - sum(n for task, n in self.refunds.values() if task == task_id)
+        amount = left if nanocredits is None else nanocredits
+        replayed = known is not None and known[0] == task_id
+        replayed = replayed and known is not None and nanocredits in {None, known[1]}
+        if not replayed and (known is not None or not 0 < amount <= left):
+            with pytest.raises(ConflictError):
+                self.do(refunding)
+            return
+        if not replayed:
+            self.refunds[tenant_id, reference] = (task_id, amount)
+            self.balances[tenant_id] = refund(self.balances[tenant_id], amount)
+        assert self.do(refunding) == self.balances[tenant_id]
+
+    @rule(by_ms=st.sampled_from([1, 15, 30]))
+    def time_passes(self, by_ms: int) -> None:
+        self.now_ms += by_ms
 
     @rule()
-    def reopen(self) -> None:
+    def expire(self) -> None:
+        due = [key for key, lot in self.lots.items() if lot.expires_ms <= self.now_ms]
+        wanted = {}
+        for tenant_id, reference in sorted(
+            due, key=lambda key: (self.lots[key].expires_ms, key)
+        ):
+            lot = self.lots[tenant_id, reference]
+            before = self.balances[tenant_id]
+            part = expired(before, lot)
+            if part:
+                wanted[tenant_id, reference] = part
+                self.balances[tenant_id] = replace(before, posted=before.posted - part)
+                self.draw(tenant_id, reference, part)
+        found = self.do(self.stores.ledger.expire(self.now_ms, 100))
+        assert {(e.tenant_id, e.reference): e.nanocredits for e in found} == wanted
+
+    def draw(self, tenant_id: str, reference: str, part: int) -> None:
+        lot = self.lots.pop((tenant_id, reference))
+        if part < lot.nanocredits:
+            left = replace(lot, nanocredits=lot.nanocredits - part)
+            self.lots[tenant_id, reference] = left
+
+    @rule()
+    def crash(self) -> None:
         self.do(self.stores.reopen())
 
     @invariant()
     def balances_agree(self) -> None:
         for tenant_id, balance in self.balances.items():
             assert self.do(self.stores.balance(tenant_id)) == balance
+            grants = self.do(self.stores.ledger.grants(tenant_id, offset=0, limit=99))
+            left = {g.reference: g.left_nanocredits for g in grants if g.expires_ms}
+            assert {name: n for name, n in left.items() if n} == {
+                lot.reference: lot.nanocredits
+                for (owner, _), lot in self.lots.items()
+                if owner == tenant_id
+            }
 
     def teardown(self) -> None:
         try:
@@ -483,11 +670,28 @@ class SqliteLedgerMachine(LedgerMachine):
     backend = "sqlite"
 
 
-TestSqliteLedger = SqliteLedgerMachine.TestCase
-TestSqliteLedger.settings = settings(
-    max_examples=30,
-    stateful_step_count=30,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow],
+class PostgresLedgerMachine(LedgerMachine):
+    """The machine over PostgreSQL."""
+
+    backend = "postgres"
+
+
+@pytest.mark.timeout(7_200)
+@pytest.mark.parametrize(
+    ("machine", "runs"), [(SqliteLedgerMachine, 25), (PostgresLedgerMachine, 6)]
 )
+def test_the_books_are_as_the_rules_say(
+    machine: type[LedgerMachine], runs: int, whole: bool
+) -> None:
+    if machine is PostgresLedgerMachine and installed("postgres") is None:
+        pytest.skip("PostgreSQL is not installed")
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=1_000 if whole else runs,
+            stateful_step_count=50 if whole else 30,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

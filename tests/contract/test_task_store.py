@@ -728,7 +728,7 @@ async def _statements_of_a_request(stores: Stores) -> set[str]:
 
 
 def _with_nulls(sql: str) -> str:
-    for number in range(20, 0, -1):
+    for number in range(40, 0, -1):
         sql = sql.replace(f"${number}", "NULL")
     return sql
 
@@ -765,7 +765,9 @@ async def busy_writer(database: SqliteDatabase) -> AsyncIterator[None]:
 async def add(database: Database, tenant_id: str) -> None:
     await database.write(
         lambda tx: tx.run(
-            "INSERT INTO tenants VALUES ($1, $2, 0)", tenant_id, f"name of {tenant_id}"
+            "INSERT INTO tenants (id, name, created_ms) VALUES ($1, $2, 0)",
+            tenant_id,
+            f"name of {tenant_id}",
         )
     )
 
@@ -801,7 +803,9 @@ async def test_a_crowd_shares_commits(sqlite: SqliteDatabase) -> None:
 
 async def test_one_that_fails_takes_nobody_along(sqlite: SqliteDatabase) -> None:
     async def half(tx: Transaction) -> None:
-        await tx.run("INSERT INTO tenants VALUES ('half', 'half', 0)")
+        await tx.run(
+            "INSERT INTO tenants (id, name, created_ms) VALUES ('half', 'half', 0)"
+        )
         raise NotFoundError("and then this")
 
     async with busy_writer(sqlite):
@@ -825,7 +829,9 @@ async def test_one_that_fails_takes_nobody_along(sqlite: SqliteDatabase) -> None
 
 async def test_one_that_fails_alone_leaves_nothing(sqlite: SqliteDatabase) -> None:
     async def half(tx: Transaction) -> None:
-        await tx.run("INSERT INTO tenants VALUES ('half', 'half', 0)")
+        await tx.run(
+            "INSERT INTO tenants (id, name, created_ms) VALUES ('half', 'half', 0)"
+        )
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -865,7 +871,8 @@ async def test_a_commit_that_fails_fails_for_all_of_its_group(
 async def test_a_group_that_sqlite_gives_up_fails_as_one(
     sqlite: SqliteDatabase,
 ) -> None:
-    giving_up = "INSERT OR ROLLBACK INTO tenants VALUES ('a', 'again', 0)"
+    giving_up = """INSERT OR ROLLBACK INTO tenants (id, name, created_ms)
+        VALUES ('a', 'again', 0)"""
 
     async with busy_writer(sqlite):
         waiting = queue(
@@ -932,7 +939,11 @@ async def test_a_read_sees_one_moment(sqlite: SqliteDatabase) -> None:
 
 async def test_a_read_cannot_write(sqlite: SqliteDatabase) -> None:
     with pytest.raises(StoreFailedError):
-        await sqlite.read(lambda tx: tx.run("INSERT INTO tenants VALUES ('a','a',0)"))
+        await sqlite.read(
+            lambda tx: tx.run(
+                "INSERT INTO tenants (id, name, created_ms) VALUES ('a','a',0)"
+            )
+        )
 
     assert await tenant_ids(sqlite) == []
 
@@ -941,7 +952,7 @@ async def test_a_transaction_awaits_nothing_but_statements(
     sqlite: SqliteDatabase,
 ) -> None:
     async def wait(tx: Transaction) -> None:
-        await tx.run("INSERT INTO tenants VALUES ('a', 'a', 0)")
+        await tx.run("INSERT INTO tenants (id, name, created_ms) VALUES ('a', 'a', 0)")
         await asyncio.sleep(0)
 
     with pytest.raises(RuntimeError, match="nothing but its statements"):

@@ -13,6 +13,7 @@ from gateway.core.errors import ConflictError, NotFoundError
 from gateway.core.key_limits import USUAL_SCOPES, KeyLimits, KeyScope, KeyUse
 from gateway.core.ledger import Balance
 from gateway.core.preferences import routing_from_text, routing_text
+from gateway.core.terms import terms_from
 from gateway.core.webhooks import SECRETS_MAX, SigningKey, check_rotation
 from gateway.ports import Key, Succession, Tenant
 
@@ -25,7 +26,7 @@ class SqlAccounts:
 
     async def add_tenant(self, tenant: Tenant, *, now_ms: int) -> None:
         """See ``Accounts``; its account is opened with it, at zero."""
-        await self.database.write(lambda tx: _add_tenant(tx, tenant, now_ms))
+        await self.database.write(lambda tx: open_account(tx, tenant, now_ms))
 
     async def tenant_named(self, name: str) -> Tenant | None:
         """See ``Accounts``."""
@@ -130,7 +131,12 @@ class SqlAccounts:
         return await self.database.write(lambda tx: _rotate(tx, key_id, now_ms))
 
 
-async def _add_tenant(tx: Transaction, tenant: Tenant, now_ms: int) -> None:
+async def open_account(tx: Transaction, tenant: Tenant, now_ms: int) -> None:
+    """Write a tenant and its account; a part of a larger transaction.
+
+    Raises:
+        ConflictError: the name is taken.
+    """
     added = await tx.run(
         """INSERT INTO tenants (id, name, created_ms) VALUES ($1, $2, $3)
         ON CONFLICT DO NOTHING""",
@@ -271,8 +277,10 @@ async def _rotate(tx: Transaction, key_id: str, now_ms: int) -> SigningKey | Non
 _KEYS = """SELECT k.id, k.tenant_id, k.digest, k.display, k.delivery, k.created_ms,
     k.revoked_ms, k.routing_json, k.scopes, k.models, k.networks, k.expires_ms,
     k.requests_per_min, k.concurrent_tasks, k.total_budget, k.daily_budget,
-    k.monthly_budget, k.rotated_to, k.meter_id, k.counted, a.keys_version
-FROM keys k JOIN accounts a ON a.tenant_id = k.tenant_id"""
+    k.monthly_budget, k.rotated_to, k.meter_id, k.counted, a.keys_version,
+    a.suspended_ms, t.multiplier, t.prices_json
+FROM keys k JOIN accounts a ON a.tenant_id = k.tenant_id
+JOIN tenants t ON t.id = k.tenant_id"""
 
 
 def _changeable(key: Key) -> tuple[int | str | None, ...]:
@@ -297,7 +305,8 @@ def _changeable(key: Key) -> tuple[int | str | None, ...]:
 def _key(row: Row) -> Key:
     key_id, tenant_id, digest, display, delivery, created_ms, revoked_ms = row[:7]
     routing, scopes, models, networks, *numbers = row[7:17]
-    rotated_to, meter_id, counted, keys_version = row[17:]
+    rotated_to, meter_id, counted, keys_version, *terms = row[17:]
+    suspended_ms, multiplier, prices = terms
     limits = KeyLimits(
         USUAL_SCOPES if scopes is None else frozenset(map(KeyScope, scopes.split())),
         None if models is None else tuple(models.split()),
@@ -318,4 +327,6 @@ def _key(row: Row) -> Key:
         rotated_to=rotated_to,
         counted=bool(counted),
         keys_version=keys_version,
+        terms=terms_from(multiplier, prices),
+        suspended=suspended_ms is not None,
     )

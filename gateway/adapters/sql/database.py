@@ -81,7 +81,8 @@ Operation = Callable[[Transaction], Coroutine[Any, Any, T]]
 class Dialect:
     """Where engines differ: in how tables are made, and in what they call today.
 
-    ``immutable`` are the statements that make ``{table}`` refuse UPDATE and DELETE;
+    ``immutable`` are the statements that make ``{table}`` refuse UPDATE and DELETE,
+    ``reopened`` those that make it take them again, for a migration to fill columns;
     ``alone`` are those that keep others who run them waiting until the transaction is
     over, where every writer does not wait for the others anyway. ``today`` is an
     expression: the day of UTC by the engine's clock, as ``2026-11-25``.
@@ -90,6 +91,7 @@ class Dialect:
     blob: str
     immutable: tuple[str, ...]
     today: str
+    reopened: tuple[str, ...]
     alone: tuple[str, ...] = ()
 
 

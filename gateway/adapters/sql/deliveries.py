@@ -50,7 +50,7 @@ class SqlOutbox:
         row = await self.database.read(
             lambda tx: tx.one(
                 """SELECT id, task_id, tenant_id, key_id, event, url, state, tries,
-                    next_ms, created_ms, status, error, delivered_ms, round
+                    next_ms, created_ms, status, error, delivered_ms, round, body
                 FROM deliveries WHERE id = $1""",
                 delivery_id,
             )
@@ -114,7 +114,7 @@ async def _claim(
             """UPDATE deliveries SET lease_until_ms = $3
             WHERE id = $1 AND state = 'pending' AND lease_until_ms <= $2
             RETURNING id, task_id, tenant_id, key_id, event, url, state, tries,
-                next_ms, created_ms, status, error, delivered_ms, round""",
+                next_ms, created_ms, status, error, delivered_ms, round, body""",
             delivery_id,
             now_ms,
             now_ms + lease_ms,
@@ -169,7 +169,7 @@ async def _list(
     )
     rows = await tx.all(
         """SELECT id, task_id, tenant_id, key_id, event, url, state, tries,
-            next_ms, created_ms, status, error, delivered_ms, round
+            next_ms, created_ms, status, error, delivered_ms, round, body
         FROM deliveries
         WHERE ($1 = '' OR tenant_id = $1) AND ($2 = '' OR state = $2)
         ORDER BY created_ms DESC, id LIMIT $3 OFFSET $4""",

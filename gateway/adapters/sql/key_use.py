@@ -16,7 +16,8 @@ _USED = """SELECT u.day, CAST(SUM(u.nanocredits) AS BIGINT) AS nanocredits,
     CAST(SUM(u.open_tasks) AS BIGINT) AS open_tasks
 FROM (
     SELECT s.day, s.charged AS nanocredits, 0 AS open_tasks
-    FROM keys k JOIN settlements s ON s.key_id = k.id WHERE k.meter_id = $1
+    FROM keys k JOIN settlements s ON s.key_id = k.id AND s.day IS NOT NULL
+    WHERE k.meter_id = $1
     UNION ALL
     SELECT h.day, h.nanocredits, 1
     FROM (SELECT id FROM tasks WHERE finished_ms IS NULL

@@ -21,10 +21,15 @@ class SchemaTooNewError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Migration:
-    """One step. ``{blob}`` stands for the engine's type of bytes."""
+    """One step. ``{blob}`` stands for the engine's type of bytes.
+
+    ``reopened_tables`` can be changed in this step, though they are immutable: they are
+    to be named in ``immutable_tables`` as well, to be so again.
+    """
 
     statements: tuple[str, ...]
     immutable_tables: tuple[str, ...] = ()
+    reopened_tables: tuple[str, ...] = ()
 
 
 MIGRATIONS = (
@@ -354,6 +359,130 @@ MIGRATIONS = (
             )""",
         ),
     ),
+    Migration(
+        statements=(
+            # Made anew, since SQLite cannot widen a CHECK. An entry has a fixed place
+            # among those of its account: a statement is read from there on.
+            """CREATE TABLE entries_anew (
+                txn_id TEXT NOT NULL,
+                account TEXT NOT NULL,
+                nanocredits BIGINT NOT NULL CHECK (nanocredits <> 0),
+                kind TEXT NOT NULL
+                    CHECK (kind IN ('grant', 'charge', 'refund', 'expiry')),
+                reference TEXT NOT NULL,
+                created_ms BIGINT NOT NULL,
+                PRIMARY KEY (txn_id, account)
+            )""",
+            """INSERT INTO entries_anew
+            SELECT txn_id, account, nanocredits, kind, reference, created_ms
+            FROM entries""",
+            "DROP TABLE entries",
+            "ALTER TABLE entries_anew RENAME TO entries",
+            """CREATE INDEX entries_by_account
+            ON entries (account, created_ms, txn_id)""",
+            # What was used and at which price stands beside the charge: the task's own
+            # row is forgotten after 30 days.
+            "ALTER TABLE settlements ADD COLUMN tenant_id TEXT",
+            "ALTER TABLE settlements ADD COLUMN variant TEXT",
+            "ALTER TABLE settlements ADD COLUMN images BIGINT NOT NULL DEFAULT 0",
+            "ALTER TABLE settlements ADD COLUMN text_input BIGINT",
+            "ALTER TABLE settlements ADD COLUMN text_cached BIGINT",
+            "ALTER TABLE settlements ADD COLUMN image_input BIGINT",
+            "ALTER TABLE settlements ADD COLUMN image_cached BIGINT",
+            "ALTER TABLE settlements ADD COLUMN image_output BIGINT",
+            "ALTER TABLE settlements ADD COLUMN text_input_price BIGINT",
+            "ALTER TABLE settlements ADD COLUMN text_cached_price BIGINT",
+            "ALTER TABLE settlements ADD COLUMN image_input_price BIGINT",
+            "ALTER TABLE settlements ADD COLUMN image_cached_price BIGINT",
+            "ALTER TABLE settlements ADD COLUMN image_output_price BIGINT",
+            "ALTER TABLE settlements ADD COLUMN multiplier BIGINT",
+            """UPDATE settlements SET
+                tenant_id = (SELECT h.tenant_id FROM holds h
+                    WHERE h.task_id = settlements.task_id),
+                key_id = COALESCE(key_id, (SELECT t.key_id FROM tasks t
+                    WHERE t.id = settlements.task_id)),
+                variant = (SELECT t.variant FROM tasks t
+                    WHERE t.id = settlements.task_id),
+                images = (SELECT COUNT(*) FROM results r
+                    WHERE r.task_id = settlements.task_id),
+                text_input = (SELECT t.text_input FROM tasks t
+                    WHERE t.id = settlements.task_id),
+                text_cached = (SELECT t.text_cached FROM tasks t
+                    WHERE t.id = settlements.task_id),
+                image_input = (SELECT t.image_input FROM tasks t
+                    WHERE t.id = settlements.task_id),
+                image_cached = (SELECT t.image_cached FROM tasks t
+                    WHERE t.id = settlements.task_id),
+                image_output = (SELECT t.image_output FROM tasks t
+                    WHERE t.id = settlements.task_id)""",
+            """CREATE INDEX settlements_by_tenant
+            ON settlements (tenant_id, created_ms)""",
+            "ALTER TABLE grants ADD COLUMN expires_ms BIGINT",
+            "ALTER TABLE grants ADD COLUMN note TEXT",
+            # What is left of each grant that ends: a cache of grants and draws, kept in
+            # the same transactions. ``accounts.lots`` counts a tenant's, so that who
+            # has none pays nothing for it.
+            """CREATE TABLE lots (
+                tenant_id TEXT NOT NULL REFERENCES tenants (id),
+                reference TEXT NOT NULL,
+                expires_ms BIGINT NOT NULL,
+                nanocredits BIGINT NOT NULL CHECK (nanocredits > 0),
+                PRIMARY KEY (tenant_id, reference)
+            )""",
+            "CREATE INDEX lots_by_end ON lots (expires_ms)",
+            """ALTER TABLE accounts ADD COLUMN lots BIGINT NOT NULL DEFAULT 0
+                CHECK (lots >= 0)""",
+            # What was taken out of a grant that ends, by which transaction.
+            """CREATE TABLE draws (
+                txn_id TEXT NOT NULL,
+                tenant_id TEXT NOT NULL,
+                reference TEXT NOT NULL,
+                kind TEXT NOT NULL CHECK (kind IN ('charge', 'expiry')),
+                nanocredits BIGINT NOT NULL CHECK (nanocredits > 0),
+                created_ms BIGINT NOT NULL,
+                PRIMARY KEY (txn_id, tenant_id, reference),
+                FOREIGN KEY (tenant_id, reference)
+                    REFERENCES grants (tenant_id, reference)
+            )""",
+            "CREATE INDEX draws_by_grant ON draws (tenant_id, reference)",
+            """CREATE TABLE refunds (
+                tenant_id TEXT NOT NULL REFERENCES tenants (id),
+                reference TEXT NOT NULL,
+                task_id TEXT NOT NULL REFERENCES holds (task_id),
+                nanocredits BIGINT NOT NULL CHECK (nanocredits > 0),
+                note TEXT,
+                created_ms BIGINT NOT NULL,
+                PRIMARY KEY (tenant_id, reference)
+            )""",
+            "CREATE INDEX refunds_by_task ON refunds (task_id)",
+            "ALTER TABLE accounts ADD COLUMN suspended_ms BIGINT",
+            """ALTER TABLE tenants ADD COLUMN multiplier BIGINT NOT NULL
+                DEFAULT 1000000 CHECK (multiplier > 0)""",
+            "ALTER TABLE tenants ADD COLUMN prices_json TEXT",
+            "ALTER TABLE tenants ADD COLUMN low_nanocredits BIGINT",
+            "ALTER TABLE tenants ADD COLUMN low_url TEXT",
+            "ALTER TABLE tenants ADD COLUMN low_key_id TEXT",
+            "ALTER TABLE tenants ADD COLUMN low_told_ms BIGINT",
+            # The body of a webhook that tells of no task.
+            "ALTER TABLE deliveries ADD COLUMN body TEXT",
+            # What an invoice names a call by; the attempt is forgotten after 30 days.
+            "ALTER TABLE cost_book ADD COLUMN job_id TEXT",
+            """CREATE TABLE trail (
+                id TEXT PRIMARY KEY,
+                at_ms BIGINT NOT NULL,
+                who TEXT NOT NULL,
+                what TEXT NOT NULL,
+                tenant_id TEXT,
+                subject TEXT NOT NULL,
+                before_json TEXT,
+                after_json TEXT
+            )""",
+            "CREATE INDEX trail_by_time ON trail (at_ms, id)",
+            "CREATE INDEX trail_by_tenant ON trail (tenant_id, at_ms, id)",
+        ),
+        reopened_tables=("settlements",),
+        immutable_tables=("entries", "settlements", "draws", "refunds", "trail"),
+    ),
 )
 """Step n of the schema stands at n - 1."""
 
@@ -416,9 +545,14 @@ async def _version(tx: Transaction) -> int:
 
 def _statements(migration: Migration, dialect: Dialect) -> list[str]:
     made = [text.replace("{blob}", dialect.blob) for text in migration.statements]
+    opened = [
+        text.replace("{table}", table)
+        for table in migration.reopened_tables
+        for text in dialect.reopened
+    ]
     guarded = [
         text.replace("{table}", table)
         for table in migration.immutable_tables
         for text in dialect.immutable
     ]
-    return made + guarded
+    return opened + made + guarded

@@ -59,13 +59,15 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 POSTGRES = Dialect(
     blob="BYTEA",
     immutable=(
-        """CREATE FUNCTION {table}_refuse() RETURNS trigger LANGUAGE plpgsql AS
+        """CREATE OR REPLACE FUNCTION {table}_refuse() RETURNS trigger
+        LANGUAGE plpgsql AS
         $$ BEGIN RAISE EXCEPTION '{table} is append only'; END $$""",
         """CREATE TRIGGER {table}_refuses_changes
         BEFORE UPDATE OR DELETE OR TRUNCATE ON {table}
         FOR EACH STATEMENT EXECUTE FUNCTION {table}_refuse()""",
     ),
     today="to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD')",
+    reopened=("DROP TRIGGER {table}_refuses_changes ON {table}",),
     # Whoever has it may need longer than the other locks are waited for.
     alone=(
         "SET LOCAL lock_timeout = '55s'",

@@ -271,4 +271,7 @@ async def _forget(tx: Transaction, before_ms: int, limit: int) -> list[str]:
     for row in rows:
         await tx.run("DELETE FROM tasks WHERE id = $1", row[0])
         await tx.run("DELETE FROM deliveries WHERE task_id = $1", row[0])
+    await tx.run(
+        "DELETE FROM deliveries WHERE task_id = '' AND created_ms < $1", before_ms
+    )
     return [str(row[0]) for row in rows]

@@ -50,6 +50,10 @@ SQLITE = Dialect(
         BEGIN SELECT RAISE(ABORT, '{table} is append only'); END""",
     ),
     today="strftime('%Y-%m-%d', 'now')",
+    reopened=(
+        "DROP TRIGGER {table}_refuses_update",
+        "DROP TRIGGER {table}_refuses_delete",
+    ),
 )
 
 

@@ -9,13 +9,15 @@ from functools import lru_cache
 from gateway.adapters.sql.database import Change, Database, Row, Transaction
 from gateway.adapters.sql.deliveries import add_delivery
 from gateway.adapters.sql.key_use import check_counted, counting, settling
-from gateway.adapters.sql.ledger import CHARGE, entry_lines
+from gateway.adapters.sql.ledger import CHARGE, draw_lots, entry_lines
 from gateway.core import limits
+from gateway.core.catalogue import TenantPrice
 from gateway.core.errors import (
     ConflictError,
     GatewayError,
     NotFoundError,
     insufficient_credits,
+    tenant_suspended,
 )
 from gateway.core.idempotency import KEY_KEPT_MS, conflict
 from gateway.core.ledger import Balance, Settled, settle, settlement_entries
@@ -168,6 +170,7 @@ async def _open(tx: Transaction, task: NewTask, today: str) -> str | None:
     held = await tx.one(
         """UPDATE accounts SET held = held + $2, queued = queued + $3
         WHERE tenant_id = $1 AND posted - held >= $2 AND queued + $3 <= $4
+            AND suspended_ms IS NULL
         RETURNING keys_version""",
         task.tenant_id,
         task.hold_nanocredits,
@@ -307,10 +310,13 @@ async def _check_queue(tx: Transaction) -> None:
 
 async def _refusal(tx: Transaction, task: NewTask) -> GatewayError:
     row = await tx.one(
-        "SELECT posted - held FROM accounts WHERE tenant_id = $1", task.tenant_id
+        "SELECT posted - held, suspended_ms FROM accounts WHERE tenant_id = $1",
+        task.tenant_id,
     )
     if row is None:
         return NotFoundError(f"there is no tenant {task.tenant_id!r}")
+    if row[1] is not None:
+        return tenant_suspended()
     if row[0] >= task.hold_nanocredits:
         return queue_full(mine=True)
     return insufficient_credits(task.hold_nanocredits, row[0])
@@ -382,7 +388,7 @@ async def _end_attempt(tx: Transaction, end: AttemptEnd) -> None:
         WHERE task_id = $1 AND seq = $2 AND finished_ms IS NULL
             AND (SELECT fence FROM tasks WHERE tasks.id = attempts.task_id) = $12
         RETURNING upstream,
-            (SELECT variant FROM tasks WHERE tasks.id = attempts.task_id)""",
+            (SELECT variant FROM tasks WHERE tasks.id = attempts.task_id), job_id""",
         end.task_id,
         end.seq,
         end.state.value,
@@ -400,8 +406,7 @@ async def _end_attempt(tx: Transaction, end: AttemptEnd) -> None:
         await check_fence(tx, end.task_id, end.fence)
     paid = end.won or end.cost_nanousd > 0 or end.billed is not Billed.NO
     if row is not None and paid:
-        upstream, variant = row
-        await _book_cost(tx, end, upstream=upstream, variant=variant)
+        await _book_cost(tx, end, *row)
 
 
 async def _rebuy(tx: Transaction, rebuy: Rebuy, since_ms: int) -> bool:
@@ -434,12 +439,12 @@ async def _rebuy(tx: Transaction, rebuy: Rebuy, since_ms: int) -> bool:
 
 
 async def _book_cost(
-    tx: Transaction, end: AttemptEnd, *, upstream: str, variant: str
+    tx: Transaction, end: AttemptEnd, upstream: str, variant: str, job_id: str | None
 ) -> None:
     await tx.run(
         """INSERT INTO cost_book (task_id, seq, upstream, variant, kind, source,
-            nanousd, unknown_outcome, created_ms)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)""",
+            nanousd, unknown_outcome, created_ms, job_id)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)""",
         end.task_id,
         end.seq,
         upstream,
@@ -449,6 +454,7 @@ async def _book_cost(
         end.cost_nanousd,
         int(end.billed is Billed.MAYBE and end.kind == FailureKind.TIMEOUT.value),
         end.finished_ms,
+        job_id,
     )
 
 
@@ -464,12 +470,12 @@ async def finish_task(tx: Transaction, end: TaskEnd) -> Settled:
     account = await tx.one(
         """UPDATE accounts SET held = held
         WHERE tenant_id = (SELECT tenant_id FROM holds WHERE task_id = $1)
-        RETURNING tenant_id, posted, held, spent""",
+        RETURNING tenant_id, lots, posted, held, spent""",
         end.task_id,
     )
     task = await tx.one(
         """SELECT h.nanocredits, t.mode, t.state, t.callback_url, s.charged, s.absorbed,
-            k.meter_id, h.key_id, h.day
+            k.meter_id, h.day, t.key_id, t.variant
         FROM tasks t JOIN holds h ON h.task_id = t.id
         LEFT JOIN settlements s ON s.task_id = t.id
         LEFT JOIN keys k ON k.id = h.key_id AND k.counted = 1 WHERE t.id = $1""",
@@ -477,26 +483,14 @@ async def finish_task(tx: Transaction, end: TaskEnd) -> Settled:
     )
     if task is None or account is None:
         raise NotFoundError(f"there is no task {end.task_id!r}")
-    held, mode, state, callback_url, charged, absorbed, meter, key_id, day = task
+    held, mode, state, callback_url, charged, absorbed, meter, day, *sold = task
     if charged is not None:
         return Settled(charged, absorbed)
-    after, settled = settle(Balance(*account[1:]), held, end.due_nanocredits)
+    after, settled = settle(Balance(*account[2:]), held, end.due_nanocredits)
     is_async = int(mode == DeliveryMode.ASYNC.value)
     waiting = int(state == TaskState.PENDING.value)
     _, _, closed, *_ = await tx.changes(
-        (
-            """INSERT INTO settlements
-                (task_id, due, charged, absorbed, usage_source, created_ms, key_id, day)
-            VALUES ($1, $2, $3, $4, $5, $6, $7, $8)""",
-            end.task_id,
-            end.due_nanocredits,
-            settled.charged,
-            settled.absorbed,
-            end.usage_source,
-            end.finished_ms,
-            key_id,
-            day,
-        ),
+        _settling(end, settled, day, account[0], *sold),
         (
             """UPDATE accounts SET posted = $2, held = $3, spent = $4,
                 queued = queued - $5, running = running - $6
@@ -520,6 +514,9 @@ async def finish_task(tx: Transaction, end: TaskEnd) -> Settled:
     )
     if not closed:
         raise FencedError(end.task_id)  # and all of the settlement is undone
+    if account[1]:
+        charge = f"{CHARGE}:{end.task_id}"
+        await draw_lots(tx, account[0], charge, settled.charged, end.finished_ms)
     for attempt in end.attempts:
         await _end_attempt(tx, attempt)
     await _end_forgotten(tx, end)
@@ -542,8 +539,69 @@ async def check_fence(tx: Transaction, task_id: str, fence: int) -> None:
         raise FencedError(task_id)
 
 
+def _settling(
+    end: TaskEnd,
+    settled: Settled,
+    day: str | None,
+    tenant_id: str,
+    key_id: str,
+    variant: str,
+) -> Change:
+    return (
+        """INSERT INTO settlements (task_id, due, charged, absorbed, usage_source,
+            created_ms, tenant_id, key_id, variant, images, text_input, text_cached,
+            image_input, image_cached, image_output, text_input_price,
+            text_cached_price, image_input_price, image_cached_price,
+            image_output_price, multiplier, day)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16,
+            $17, $18, $19, $20, $21, $22)""",
+        end.task_id,
+        end.due_nanocredits,
+        settled.charged,
+        settled.absorbed,
+        end.usage_source,
+        end.finished_ms,
+        tenant_id,
+        key_id,
+        variant,
+        len(end.results),
+        *_tokens(end.usage),
+        *_price(end.price),
+        day,
+    )
+
+
+def _price(
+    price: TenantPrice | None,
+) -> tuple[int | None, int | None, int | None, int | None, int | None, int | None]:
+    if price is None:
+        return (None, None, None, None, None, None)
+    card = price.card
+    return (
+        card.text_input,
+        card.text_cached,
+        card.image_input,
+        card.image_cached,
+        card.image_output,
+        price.multiplier_millionths,
+    )
+
+
+def _tokens(
+    usage: Usage | None,
+) -> tuple[int | None, int | None, int | None, int | None, int | None]:
+    if usage is None:
+        return (None, None, None, None, None)
+    return (
+        usage.text_input,
+        usage.text_cached,
+        usage.image_input,
+        usage.image_cached,
+        usage.image_output,
+    )
+
+
 def _closing(end: TaskEnd) -> Change:
-    usage = end.usage
     return (
         """UPDATE tasks SET state = $2, finished_ms = $3, answer_json = $4,
             error_json = $5, text_input = $6, text_cached = $7, image_input = $8,
@@ -556,11 +614,7 @@ def _closing(end: TaskEnd) -> Change:
         end.finished_ms,
         end.answer_json,
         end.error_json,
-        usage.text_input if usage else None,
-        usage.text_cached if usage else None,
-        usage.image_input if usage else None,
-        usage.image_cached if usage else None,
-        usage.image_output if usage else None,
+        *_tokens(end.usage),
         end.route_json,
         end.fence,
     )
