@@ -681,13 +681,14 @@ CHECKS = (
         LEFT JOIN (SELECT tenant_id, COUNT(*) AS n FROM lots GROUP BY tenant_id) l
         ON l.tenant_id = a.tenant_id WHERE a.lots <> COALESCE(l.n, 0)""",
     ),
+    # From behind "charge:" on, and not the other way round: the index is of task ids.
     Check(
         "I2",
         "a charge draws no more of grants that end than it is",
         """SELECT d.txn_id, COALESCE(s.charged, 0), d.total FROM
             (SELECT txn_id, CAST(SUM(nanocredits) AS BIGINT) AS total FROM draws
             WHERE kind = 'charge' GROUP BY txn_id) d
-        LEFT JOIN settlements s ON 'charge:' || s.task_id = d.txn_id
+        LEFT JOIN settlements s ON s.task_id = substr(d.txn_id, 8)
         WHERE d.total > COALESCE(s.charged, 0)""",
     ),
     Check(
