@@ -104,7 +104,9 @@ class ManageTenants:
         Raises:
             NotFoundError: there is none.
         """
-        record = await self.tenants.record(tenant)
+        # What no name can be need not be looked for: some stores would refuse it.
+        known = tenant.isprintable()
+        record = await self.tenants.record(tenant) if known else None
         if record is None:
             raise _no_tenant(tenant)
         return record
@@ -289,6 +291,10 @@ class ManageTenants:
         """
         if nanocredits is not None and nanocredits <= 0:
             raise InvalidRequestError("A refund must be above zero.", param="credits")
+        if not task_id.isprintable():
+            raise NotFoundError(
+                "There is no such task.", param="task_id", code="task_not_found"
+            )
         reference = reference or f"refund of {task_id}"
         check_texts(reference, note)
         asked = NewRefund(tenant.id, task_id, reference, nanocredits, note)

@@ -226,6 +226,11 @@ def test_only_an_operator_reaches_tenants(live: LiveGateway) -> None:
             admin.patch(f"{TENANTS}/nobody", json={"price_multiplier": 2}),
             admin.get(f"{TENANTS}/nobody/entries"),
             admin.get("/admin/v1/trail?tenant=nobody"),
+            admin.get(f"{TENANTS}/%00"),
+            admin.post(
+                f"{TENANTS}/first/refunds",
+                json={"task_id": "\x00", "reference": "x"},
+            ),
         ]
 
     assert {answer.status_code for answer in answers} == {401}

@@ -581,13 +581,13 @@ CHECKS = (
         WHERE COALESCE(e.nanocredits, 0) <> s.due""",
         (REVENUE,),
     ),
+    # From behind "charge:" on, and not the other way round: the index is of task ids.
     Check(
         "I8",
         "every charge entry has its settlement",
         """SELECT e.txn_id, 0, e.nanocredits FROM entries e
-        JOIN (SELECT txn_id FROM entries WHERE kind = 'charge'
-            EXCEPT SELECT 'charge:' || task_id FROM settlements) x
-        ON x.txn_id = e.txn_id""",
+        LEFT JOIN settlements s ON s.task_id = substr(e.txn_id, 8)
+        WHERE e.kind = 'charge' AND s.task_id IS NULL""",
     ),
     Check(
         "I2",
@@ -694,7 +694,7 @@ CHECKS = (
         """SELECT d.txn_id, COALESCE(s.charged, 0), d.total FROM
             (SELECT txn_id, CAST(SUM(nanocredits) AS BIGINT) AS total FROM draws
             WHERE kind = 'charge' GROUP BY txn_id) d
-        LEFT JOIN settlements s ON 'charge:' || s.task_id = d.txn_id
+        LEFT JOIN settlements s ON s.task_id = substr(d.txn_id, 8)
         WHERE d.total > COALESCE(s.charged, 0)""",
     ),
     Check(
@@ -709,8 +709,9 @@ CHECKS = (
     Check(
         "I2",
         "every entry of an end has its draw",
-        """SELECT txn_id, 0, nanocredits FROM entries WHERE kind = 'expiry'
-        AND txn_id NOT IN (SELECT txn_id FROM draws)""",
+        """SELECT e.txn_id, 0, e.nanocredits FROM entries e
+        LEFT JOIN draws d ON d.txn_id = e.txn_id
+        WHERE e.kind = 'expiry' AND d.txn_id IS NULL""",
     ),
     Check(
         "I6",
