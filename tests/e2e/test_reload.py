@@ -264,6 +264,30 @@ def test_a_new_credential_is_tried_at_once(gateway: LiveGateway) -> None:
         assert client.post(POST, json=BODY).status_code == 200
 
 
+def test_a_task_that_goes_on_with_the_old_credential_spoils_not_the_new_one(
+    gateway: LiveGateway,
+) -> None:
+    gateway.sandbox("old", failure_rate=1, failure_kind="auth")
+    later = {"prefer": "respond-async"}
+
+    def refusals() -> int:
+        lines = [json.loads(line) for line in gateway.logs if line.startswith("{")]
+        return sum(line.get("outcome") == "auth" for line in lines)
+
+    with gateway.client() as client:
+        task_id = client.post(POST, json=BODY, headers=later).json()["id"]
+        until(lambda: refusals() == 1, "the first refusal")
+
+        rewrite(gateway, config_of("old", latency_ms=2))
+        assert reload(gateway).json()["outcome"] == "reloaded"
+        # It tries again after 2 s, as it was configured when it began.
+        until(lambda: refusals() == 2, "another refusal")
+
+        is_open = '{offer="old/gpt-image-2",state="open"}'
+        assert gateway.metric("imageway_breaker_state")[is_open] == 0
+        assert client.post(f"/v1/tasks/{task_id}/cancel").status_code == 200
+
+
 def test_reloads_one_after_the_other_lose_no_request(gateway: LiveGateway) -> None:
     def asked(_: int) -> int:
         with gateway.client() as client:
