@@ -416,12 +416,12 @@ async def started(
             await standing.audit()
         except ServiceUnavailableError as error:
             log.on_crash(error, "audit")  # it is hourly: no reason not to serve
-        await gateway.reload.begin()
         await gateway.edition.upstreams.refresh()
         if standing.shelves.look is not None:
             await standing.shelves.look()
         if standing.fleet is not None:
             await standing.fleet.exchange()
+        await gateway.reload.begin()
         log.note(
             "started",
             replayed_entries=replayed,
