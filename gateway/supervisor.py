@@ -9,7 +9,6 @@ the other end of their tie closed, and leave.
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import signal
 import socket
@@ -21,7 +20,7 @@ from pathlib import Path
 from gateway.adapters.logs import LogListener
 from gateway.adapters.metrics import forget_process
 from gateway.books import SQLITE, StartError, first_run, open_books
-from gateway.serving import READY, is_abandoned, listen
+from gateway.serving import READY, hear_hang_up, is_abandoned, listen
 from gateway.settings import Settings, environment_with
 
 START_MAX_S = 60.0
@@ -59,6 +58,7 @@ class Supervisor:
     log: LogListener
     _processes: dict[int, _Process] = field(default_factory=dict)
     _signals: list[signal.Signals] = field(default_factory=list)
+    _hung_up: bool = False
     _leaving: bool = False
     _left: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -135,6 +135,8 @@ class Supervisor:
             self._send(running, signal.SIGKILL)
             raise StartError(f"worker {number} did not start; its last lines say why")
         self._processes[number].ready = True
+        if self._hung_up:
+            self._reload(self._processes[number])
 
     async def _end(self) -> None:
         # After an error: nobody must be left behind.
@@ -147,17 +149,22 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._pass_on, number)
-        loop.add_signal_handler(signal.SIGHUP, self._on_hang_up, os.isatty(0))
+        hear_hang_up(self._on_hang_up)
 
     def _on_hang_up(self, had_terminal: bool) -> None:  # noqa: FBT001 - a callback
         if is_abandoned(had_terminal=had_terminal):
             self._pass_on(signal.SIGTERM)
             return
-        # One of them asks all others.
+        # One of them asks all others: the next that is ready, if none is.
+        self._hung_up = True
         for process in self._processes.values():
             if process.ready and process.running.returncode is None:
-                self._send(process.running, signal.SIGHUP)
+                self._reload(process)
                 return
+
+    def _reload(self, process: _Process) -> None:
+        self._hung_up = False
+        self._send(process.running, signal.SIGHUP)
 
     def _pass_on(self, number: signal.Signals) -> None:
         self._leaving = True

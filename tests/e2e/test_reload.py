@@ -7,6 +7,7 @@ import os
 import pty
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -305,24 +306,31 @@ def test_reloads_one_after_the_other_lose_no_request(gateway: LiveGateway) -> No
     assert gateway.audit()["clean"]
 
 
-def test_a_hang_up_signal_while_it_starts_ends_nothing(tmp_path: Path) -> None:
+def test_a_hang_up_signal_while_it_starts_is_heeded_after_that(tmp_path: Path) -> None:
     options = ["--port", "0", "--data-dir", str(tmp_path)]
     starting = subprocess.Popen(
         [*COMMAND, "serve", *options],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         env=environment(),
     )
     until((tmp_path / "imageway.db").exists, "the database, long before it serves")
     starting.send_signal(signal.SIGHUP)
 
-    assert starting.stdout is not None
+    assert starting.stderr is not None
+    watchdog = threading.Timer(SEEN_MAX_S, starting.terminate)
+    watchdog.start()
     try:
-        assert b"runs at" in starting.stdout.readline()
+        lines = [starting.stderr.readline() for _ in ("started", "config_read")]
     finally:
+        watchdog.cancel()
         starting.terminate()
-        starting.communicate(timeout=SEEN_MAX_S)
+        out, _ = starting.communicate(timeout=SEEN_MAX_S)
+
+    assert "runs at" in out
+    assert '"event":"config_read"' in lines[1]
 
 
 def test_a_terminal_that_is_gone_ends_the_gateway_instead(tmp_path: Path) -> None:
