@@ -25,6 +25,8 @@ from gateway.settings import Settings, environment_with
 
 START_MAX_S = 60.0
 """Until a process must answer requests, or its start counts as failed."""
+END_MAX_S = 1.0
+"""For a process that did not start to end by itself."""
 PAUSE_MIN_S = 0.1
 PAUSE_MAX_S = 10.0
 """Before a process that ended by itself is started again; doubles each time."""
@@ -39,7 +41,7 @@ Run = Callable[[Seat], Sequence[str]]
 
 @dataclass(slots=True)
 class _Process:
-    """One process; ``since_s`` is when it was started, by the loop's clock."""
+    """One process; ``since_s`` is when it was last started, by the loop's clock."""
 
     running: asyncio.subprocess.Process
     tie: socket.socket
@@ -105,24 +107,19 @@ class Supervisor:
             if self._leaving:
                 return
             pause_s = min(PAUSE_MAX_S, pause_s * 2)
+            process.since_s = asyncio.get_running_loop().time()
             with suppress(StartError):  # it has ended, or is ended: the loop goes on
                 await self._start(number)
 
     async def _start(self, number: int) -> None:
         if self._leaving:
             return
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)  # noqa: FBT003 - socket's own
-        port = self.listening.fileno()
-        loop = asyncio.get_running_loop()
-        with theirs:
-            running = await asyncio.create_subprocess_exec(
-                *self.run((number, self.workers, port, theirs.fileno())),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(port, theirs.fileno()),
-                start_new_session=True,
-                env=environment_with(PROMETHEUS_MULTIPROC_DIR=str(self.figures)),
-            )
+        port, loop = self.listening.fileno(), asyncio.get_running_loop()
+        try:
+            running, ours = await self._spawn(number, port)
+        except OSError as error:
+            self.log.note("worker_not_started", worker=number, problem=str(error))
+            raise StartError(f"worker {number} cannot be started: {error}") from error
         self._processes[number] = _Process(running, ours, loop.time())
         for each in self._signals:  # that came while it was started
             self._send(running, each)
@@ -132,11 +129,37 @@ class Supervisor:
         except (TimeoutError, OSError):
             said = b""
         if said != READY and not self._leaving:
-            self._send(running, signal.SIGKILL)
+            await self._kill(running)
             raise StartError(f"worker {number} did not start; its last lines say why")
         self._processes[number].ready = True
         if self._hung_up:
             self._reload(self._processes[number])
+
+    async def _spawn(
+        self, number: int, port: int
+    ) -> tuple[asyncio.subprocess.Process, socket.socket]:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)  # noqa: FBT003 - socket's own
+        try:
+            with theirs:
+                running = await asyncio.create_subprocess_exec(
+                    *self.run((number, self.workers, port, theirs.fileno())),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=(port, theirs.fileno()),
+                    start_new_session=True,
+                    env=environment_with(PROMETHEUS_MULTIPROC_DIR=str(self.figures)),
+                )
+        except OSError:
+            ours.close()
+            raise
+        return running, ours
+
+    async def _kill(self, running: asyncio.subprocess.Process) -> None:
+        # One that let go of its tie mostly ends by itself, with a code that says why.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(END_MAX_S):
+                await running.wait()
+        self._send(running, signal.SIGKILL)
 
     async def _end(self) -> None:
         # After an error: nobody must be left behind.
