@@ -12,7 +12,7 @@ import asyncio
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +64,7 @@ class Supervisor:
     _leaving: bool = False
     _left: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def serve(self, ready: Callable[[], None]) -> None:
+    async def serve(self, ready: Callable[[], Awaitable[None]]) -> None:
         """Serve until SIGTERM or SIGINT; ``ready`` once all processes answer.
 
         Raises:
@@ -80,7 +80,7 @@ class Supervisor:
                 if failed is not None:
                     raise failed
             if not self._leaving:
-                ready()
+                await ready()
             keepers = [
                 asyncio.create_task(self._keep(number)) for number in self._processes
             ]
@@ -239,8 +239,14 @@ async def supervise(
     check_workers(settings)
     listening = listen(settings.server.host, settings.server.port)
     async with open_books(settings, alone=True) as books:
-        first = await first_run(books)
         figures = books.data_dir.figures
     supervisor = Supervisor(workers, run, listening, figures, LogListener())
     port = int(listening.getsockname()[1])
-    await supervisor.serve(lambda: ready(port, first.secret if first else None))
+
+    async def serving() -> None:
+        # Not before: if the start failed, nobody would ever see the key.
+        async with open_books(settings) as books:
+            first = await first_run(books)
+        ready(port, first.secret if first else None)
+
+    await supervisor.serve(serving)

@@ -201,13 +201,21 @@ def test_when_the_one_that_started_them_is_killed_they_leave(house: House) -> No
     assert house.buy() == 200
 
 
-def test_one_that_cannot_start_ends_the_whole(tmp_path: Path, house: House) -> None:
-    (tmp_path / "workers").mkdir()
-    (tmp_path / "workers" / "1").write_text("in the way")
-    config, env = house.gateway.config, house.gateway.env
-    options = ["--config", str(config), "--data-dir", str(tmp_path), "--port", "0"]
+def test_one_that_cannot_start_ends_the_whole_and_the_first_key_is_kept_for_later(
+    tmp_path: Path, house: House
+) -> None:
+    data_dir, config = tmp_path / "data", config_in(tmp_path)
+    (data_dir / "workers").mkdir(parents=True)
+    in_the_way = data_dir / "workers" / "1"
+    in_the_way.write_text("")
+    env = house.gateway.env
+    options = ["--config", str(config), "--data-dir", str(data_dir), "--port", "0"]
 
     refused = command("serve", "--workers", "2", *options, cwd=tmp_path, **env)
 
     assert refused.code == 1
     assert "worker 1 did not start" in refused.err
+
+    in_the_way.unlink()
+    with LiveGateway(data_dir, config, env, workers=WORKERS) as mended:
+        assert mended.first_key is not None

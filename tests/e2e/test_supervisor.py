@@ -69,7 +69,11 @@ async def serving(machine: Machine) -> AsyncIterator[None]:
     supervisor = Supervisor(
         1, machine.run, listen("127.0.0.1", 0), figures, LogListener(machine.out)
     )
-    task = asyncio.create_task(supervisor.serve(ready.set))
+
+    async def is_ready() -> None:
+        ready.set()
+
+    task = asyncio.create_task(supervisor.serve(is_ready))
     async with asyncio.timeout(SEEN_MAX_S):
         await ready.wait()
         yield
