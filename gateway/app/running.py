@@ -159,12 +159,16 @@ class Gateway:
             self._waiting,
             lambda: self.edition.admission.lag_ms,
         )
+        edition.worker.beside = self._worked_on_before
         if standing.fleet is not None:
             send = partial(standing.fleet.send, Notice(Topic.TASKS))
             edition.worker.tell_others = send
 
     def _editions(self) -> list[Edition]:
         return [*self._retired, self.edition]
+
+    def _worked_on_before(self) -> frozenset[str]:
+        return frozenset[str]().union(*(each.worker.working for each in self._retired))
 
     async def _work(self) -> None:
         while True:

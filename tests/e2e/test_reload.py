@@ -6,11 +6,13 @@ import json
 import os
 import pty
 import signal
+import sqlite3
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,28 @@ def test_new_requests_go_by_the_new_configuration_and_those_under_way_by_theirs(
         states = gateway.metric("imageway_breaker_state")
         assert not [labels for labels in states if "old/" in labels]
         assert gateway.audit()["clean"]
+
+
+def test_a_task_that_goes_on_is_not_taken_over_by_the_worker_that_came_after(
+    gateway: LiveGateway,
+) -> None:
+    gateway.sandbox("old", latency_ms=3_000)
+    later = {"prefer": "respond-async"}
+    with gateway.client() as client:
+        task_id = client.post(POST, json=BODY, headers=later).json()["id"]
+        until(lambda: trail(gateway, task_id) == ["old"], "the call")
+        rewrite(gateway, config_of("new"))
+        assert reload(gateway).status_code == 200
+
+        # As a machine that slept for a while finds it.
+        with closing(sqlite3.connect(gateway.data_dir / "imageway.db")) as books, books:
+            books.execute("UPDATE tasks SET lease_until_ms = 0 WHERE id = ?", [task_id])
+
+        until(
+            lambda: client.get(f"/v1/tasks/{task_id}").json()["status"] == "completed",
+            "the task is done",
+        )
+    assert trail(gateway, task_id) == ["old"]
 
 
 def test_a_price_changes_for_requests_from_then_on(gateway: LiveGateway) -> None:
