@@ -95,7 +95,7 @@ class Supervisor:
             process = self._processes[number]
             code = await process.running.wait()
             process.tie.close()
-            forget_process(self.figures, process.running.pid)
+            forget_process(self.figures, number)
             if self._leaving:
                 return
             ran_s = asyncio.get_running_loop().time() - process.since_s

@@ -5,6 +5,8 @@ Children are bound once and kept: looking labels up costs more than counting.
 Where ``PROMETHEUS_MULTIPROC_DIR`` names a folder when this is imported, the library
 keeps all figures in files there: any process shows those of all that share the folder,
 counters summed up over the dead ones too, gauges of the living as each says (``how``).
+With ``keep_by_seat`` a process goes on with the counters of the one before it there, so
+that the files do not become more with every restart.
 """
 
 from __future__ import annotations
@@ -53,6 +55,12 @@ SHARED = values.ValueClass is not values.MutexValue
 """Whether the figures are those of several processes."""
 How = Literal["livemax", "livemin", "livesum", "livemostrecent"]
 METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"}
+
+
+def keep_by_seat(seat: int) -> None:
+    """Keep the figures of this process in the files of its seat, from now on."""
+    if SHARED:
+        values.ValueClass = values.MultiProcessValue(lambda: seat)  # type: ignore[no-untyped-call]
 
 
 class Metrics:
@@ -361,6 +369,6 @@ def _take_out(gauge: Gauge, *labels: str) -> None:
         gauge.remove(*labels)
 
 
-def forget_process(folder: Path, pid: int) -> None:
+def forget_process(folder: Path, seat: int) -> None:
     """Take the gauges of a process that has ended out of a folder of figures."""
-    multiprocess.mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
+    multiprocess.mark_process_dead(seat, str(folder))  # type: ignore[no-untyped-call]

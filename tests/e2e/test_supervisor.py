@@ -102,3 +102,15 @@ async def test_what_does_not_start_is_noted_with_its_own_code(tmp_path: Path) ->
 
     codes = [note["code"] for note in machine.notes()]
     assert codes == [-signal.SIGKILL, 78]
+
+
+async def test_of_the_dead_the_counters_are_kept_and_no_gauge(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, [SERVES, SERVES])
+    figures = tmp_path / "metrics"
+    async with serving(machine):
+        for name in ("counter_0.db", "gauge_livemax_0.db", "gauge_livemax_1.db"):
+            (figures / name).write_bytes(b"")
+        await another_than(machine, machine.kill())
+
+        left = {path.name for path in figures.iterdir()}
+    assert left == {"counter_0.db", "gauge_livemax_1.db"}
