@@ -232,6 +232,7 @@ class Gateway:
     async def _checked(self, before: Settings) -> Settings:
         if self.leaving.begun:
             raise ConfigRefusedError([LEAVING])
+        await self._close_retired()
         if len(self._retired) >= RETIRED_MAX_EDITIONS:
             problem = (
                 f"work by {len(self._retired)} configurations before this one has not "
@@ -251,8 +252,9 @@ class Gateway:
         return settings
 
     async def _close_retired(self) -> None:
-        for edition in [each for each in self._retired if each.idle]:
-            self._retired.remove(edition)
+        idle = [each for each in self._retired if each.idle]
+        self._retired = [each for each in self._retired if not each.idle]
+        for edition in idle:
             await edition.close()
 
     def around(self) -> Around:

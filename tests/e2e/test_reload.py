@@ -19,6 +19,11 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway.adapters.logs import LogListener
+from gateway.app import build_gateway, read_settings
+from gateway.app.running import RETIRED_MAX_EDITIONS
+from gateway.books import open_books
+from gateway.settings import Settings
 from tests.e2e.gateways import (
     ADMIN_KEY,
     COMMAND,
@@ -328,6 +333,25 @@ def test_reloads_one_after_the_other_lose_no_request(gateway: LiveGateway) -> No
 
     assert [each.result() for each in answers] == [200] * 60
     assert gateway.audit()["clean"]
+
+
+async def test_configurations_that_nobody_uses_are_in_nobodys_way(
+    tmp_path: Path,
+) -> None:
+    config = tmp_path / "gateway.toml"
+    numbers = iter(range(2 * RETIRED_MAX_EDITIONS))
+
+    def read_again() -> Settings:
+        config.write_text(config_of(f"u{next(numbers)}"))
+        return read_settings(config, {"storage.data_dir": str(tmp_path / "data")})
+
+    settings = read_again()
+    async with open_books(settings) as books:
+        # None of its chores runs: as if all came within a second.
+        gateway = build_gateway(settings, books, LogListener(), read_again=read_again)
+        for _ in range(RETIRED_MAX_EDITIONS + 2):
+            assert (await gateway.swap()).changed
+        await gateway.close()
 
 
 def test_a_hang_up_signal_while_it_starts_is_heeded_after_that(tmp_path: Path) -> None:
