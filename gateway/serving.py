@@ -125,9 +125,19 @@ class Served(Protocol):
 
 
 def hear_no_hang_up_yet() -> None:
-    """Let SIGHUP not end a process that is still starting: its config was just read."""
+    """Keep SIGHUP until it can be heeded: it would end a process that still starts."""
     if not os.isatty(0):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+
+
+def hear_hang_up(heard: Callable[[bool], None]) -> None:
+    """Have SIGHUP heard by the running loop, that from before too.
+
+    ``heard`` is told whether there was a terminal.
+    """
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, heard, os.isatty(0))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 
 def is_abandoned(*, had_terminal: bool) -> bool:
@@ -280,5 +290,5 @@ class _Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.handle_exit, number, None)
-        loop.add_signal_handler(signal.SIGHUP, self._on_hang_up, os.isatty(0))
+        hear_hang_up(self._on_hang_up)
         yield

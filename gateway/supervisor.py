@@ -9,11 +9,10 @@ the other end of their tie closed, and leave.
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +20,13 @@ from pathlib import Path
 from gateway.adapters.logs import LogListener
 from gateway.adapters.metrics import forget_process
 from gateway.books import SQLITE, StartError, first_run, open_books
-from gateway.serving import READY, is_abandoned, listen
+from gateway.serving import READY, hear_hang_up, is_abandoned, listen
 from gateway.settings import Settings, environment_with
 
 START_MAX_S = 60.0
 """Until a process must answer requests, or its start counts as failed."""
+END_MAX_S = 1.0
+"""For a process that did not start to end by itself."""
 PAUSE_MIN_S = 0.1
 PAUSE_MAX_S = 10.0
 """Before a process that ended by itself is started again; doubles each time."""
@@ -40,7 +41,7 @@ Run = Callable[[Seat], Sequence[str]]
 
 @dataclass(slots=True)
 class _Process:
-    """One process; ``since_s`` is when it was started, by the loop's clock."""
+    """One process; ``since_s`` is when it was last started, by the loop's clock."""
 
     running: asyncio.subprocess.Process
     tie: socket.socket
@@ -59,10 +60,11 @@ class Supervisor:
     log: LogListener
     _processes: dict[int, _Process] = field(default_factory=dict)
     _signals: list[signal.Signals] = field(default_factory=list)
+    _hung_up: bool = False
     _leaving: bool = False
     _left: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def serve(self, ready: Callable[[], None]) -> None:
+    async def serve(self, ready: Callable[[], Awaitable[None]]) -> None:
         """Serve until SIGTERM or SIGINT; ``ready`` once all processes answer.
 
         Raises:
@@ -78,7 +80,7 @@ class Supervisor:
                 if failed is not None:
                     raise failed
             if not self._leaving:
-                ready()
+                await ready()
             keepers = [
                 asyncio.create_task(self._keep(number)) for number in self._processes
             ]
@@ -93,7 +95,7 @@ class Supervisor:
             process = self._processes[number]
             code = await process.running.wait()
             process.tie.close()
-            forget_process(self.figures, process.running.pid)
+            forget_process(self.figures, number)
             if self._leaving:
                 return
             ran_s = asyncio.get_running_loop().time() - process.since_s
@@ -105,24 +107,19 @@ class Supervisor:
             if self._leaving:
                 return
             pause_s = min(PAUSE_MAX_S, pause_s * 2)
+            process.since_s = asyncio.get_running_loop().time()
             with suppress(StartError):  # it has ended, or is ended: the loop goes on
                 await self._start(number)
 
     async def _start(self, number: int) -> None:
         if self._leaving:
             return
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)  # noqa: FBT003 - socket's own
-        port = self.listening.fileno()
-        loop = asyncio.get_running_loop()
-        with theirs:
-            running = await asyncio.create_subprocess_exec(
-                *self.run((number, self.workers, port, theirs.fileno())),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(port, theirs.fileno()),
-                start_new_session=True,
-                env=environment_with(PROMETHEUS_MULTIPROC_DIR=str(self.figures)),
-            )
+        port, loop = self.listening.fileno(), asyncio.get_running_loop()
+        try:
+            running, ours = await self._spawn(number, port)
+        except OSError as error:
+            self.log.note("worker_not_started", worker=number, problem=str(error))
+            raise StartError(f"worker {number} cannot be started: {error}") from error
         self._processes[number] = _Process(running, ours, loop.time())
         for each in self._signals:  # that came while it was started
             self._send(running, each)
@@ -132,9 +129,37 @@ class Supervisor:
         except (TimeoutError, OSError):
             said = b""
         if said != READY and not self._leaving:
-            self._send(running, signal.SIGKILL)
+            await self._kill(running)
             raise StartError(f"worker {number} did not start; its last lines say why")
         self._processes[number].ready = True
+        if self._hung_up:
+            self._reload(self._processes[number])
+
+    async def _spawn(
+        self, number: int, port: int
+    ) -> tuple[asyncio.subprocess.Process, socket.socket]:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)  # noqa: FBT003 - socket's own
+        try:
+            with theirs:
+                running = await asyncio.create_subprocess_exec(
+                    *self.run((number, self.workers, port, theirs.fileno())),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=(port, theirs.fileno()),
+                    start_new_session=True,
+                    env=environment_with(PROMETHEUS_MULTIPROC_DIR=str(self.figures)),
+                )
+        except OSError:
+            ours.close()
+            raise
+        return running, ours
+
+    async def _kill(self, running: asyncio.subprocess.Process) -> None:
+        # One that let go of its tie mostly ends by itself, with a code that says why.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(END_MAX_S):
+                await running.wait()
+        self._send(running, signal.SIGKILL)
 
     async def _end(self) -> None:
         # After an error: nobody must be left behind.
@@ -147,17 +172,22 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._pass_on, number)
-        loop.add_signal_handler(signal.SIGHUP, self._on_hang_up, os.isatty(0))
+        hear_hang_up(self._on_hang_up)
 
     def _on_hang_up(self, had_terminal: bool) -> None:  # noqa: FBT001 - a callback
         if is_abandoned(had_terminal=had_terminal):
             self._pass_on(signal.SIGTERM)
             return
-        # One of them asks all others.
+        # One of them asks all others: the next that is ready, if none is.
+        self._hung_up = True
         for process in self._processes.values():
             if process.ready and process.running.returncode is None:
-                self._send(process.running, signal.SIGHUP)
+                self._reload(process)
                 return
+
+    def _reload(self, process: _Process) -> None:
+        self._hung_up = False
+        self._send(process.running, signal.SIGHUP)
 
     def _pass_on(self, number: signal.Signals) -> None:
         self._leaving = True
@@ -209,8 +239,14 @@ async def supervise(
     check_workers(settings)
     listening = listen(settings.server.host, settings.server.port)
     async with open_books(settings, alone=True) as books:
-        first = await first_run(books)
         figures = books.data_dir.figures
     supervisor = Supervisor(workers, run, listening, figures, LogListener())
     port = int(listening.getsockname()[1])
-    await supervisor.serve(lambda: ready(port, first.secret if first else None))
+
+    async def serving() -> None:
+        # Not before: if the start failed, nobody would ever see the key.
+        async with open_books(settings) as books:
+            first = await first_run(books)
+        ready(port, first.secret if first else None)
+
+    await supervisor.serve(serving)

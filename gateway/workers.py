@@ -117,7 +117,8 @@ class Worker:
     and no others.
 
     Both are for the whole fleet: ``share`` tells this process's part of them.
-    ``tell_others`` wakes the workers of other processes.
+    ``tell_others`` wakes the workers of other processes. ``beside`` tells what those of
+    this process work on that were stopped.
 
     A task is claimed for a short lease that is renewed while the work goes on. Whoever
     finds a lease ended takes the task over: what had a job id is polled on, what may
@@ -134,6 +135,7 @@ class Worker:
     places: Mapping[str, int] = field(default_factory=dict)
     share: Callable[[int], int] = int
     tell_others: Callable[[], None] = lambda: None
+    beside: Callable[[], frozenset[str]] = frozenset
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _running: dict[str, _Held] = field(default_factory=dict)
     _stopped: bool = False
@@ -152,6 +154,11 @@ class Worker:
     @property
     def _most(self) -> int:
         return min(WORKING_MAX_TASKS, self.share(self.at_once))
+
+    @property
+    def working(self) -> frozenset[str]:
+        """The ids of the tasks that are being worked on."""
+        return frozenset(self._running)
 
     @property
     def in_flight(self) -> int:
@@ -226,7 +233,8 @@ class Worker:
             claimed = await self.queue.claim(
                 now_ms=self.clock.now_ms(),
                 lease_ms=LEASE_MS,
-                held=frozenset(self._running),  # the store reads it in its own time
+                # The store reads it in its own time.
+                held=self.working | self.beside(),
                 full=self._full(),
             )
             if claimed is not None and self._stopped:

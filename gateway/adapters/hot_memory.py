@@ -30,6 +30,7 @@ from gateway.ports import (
     Clock,
     Events,
     Fleet,
+    HealthBoard,
     LastFailure,
     Permit,
     RouteView,
@@ -463,6 +464,35 @@ class MemoryBoard:
             slots = self.share(self.slots[upstream])
             found = self._credentials[upstream] = _Credential(Slots(slots, slots))
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class Bygone:
+    """The board, for calls of accounts that others have taken the places of.
+
+    They take slots like any others; how they go says nothing of who has the name now.
+    """
+
+    board: HealthBoard
+    upstreams: frozenset[str]
+
+    async def read(
+        self, offer_ids: Iterable[str], operation: Operation
+    ) -> Mapping[str, Health]:
+        """See ``HealthBoard``."""
+        return await self.board.read(offer_ids, operation)
+
+    async def admit(
+        self, offer_id: str, operation: Operation, *, forced: bool = False
+    ) -> Permit | None:
+        """See ``HealthBoard``."""
+        return await self.board.admit(offer_id, operation, forced=forced)
+
+    async def report(self, permit: Permit, outcome: Outcome) -> None:
+        """Give the slot back; note nothing of a call of an account that is gone."""
+        if permit.offer_id.partition("/")[0] in self.upstreams:
+            outcome = Outcome(cancelled=True)
+        await self.board.report(permit, outcome)
 
 
 def _adopt(kept: _Credential | _Route, stance: Stance, now_ms: int) -> None:

@@ -5,6 +5,8 @@ Children are bound once and kept: looking labels up costs more than counting.
 Where ``PROMETHEUS_MULTIPROC_DIR`` names a folder when this is imported, the library
 keeps all figures in files there: any process shows those of all that share the folder,
 counters summed up over the dead ones too, gauges of the living as each says (``how``).
+With ``keep_by_seat`` a process goes on with the counters of the one before it there, so
+that the files do not become more with every restart.
 """
 
 from __future__ import annotations
@@ -53,6 +55,12 @@ SHARED = values.ValueClass is not values.MutexValue
 """Whether the figures are those of several processes."""
 How = Literal["livemax", "livemin", "livesum", "livemostrecent"]
 METHODS = {"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"}
+
+
+def keep_by_seat(seat: int) -> None:
+    """Keep the figures of this process in the files of its seat, from now on."""
+    if SHARED:
+        values.ValueClass = values.MultiProcessValue(lambda: seat)  # type: ignore[no-untyped-call]
 
 
 class Metrics:
@@ -129,14 +137,14 @@ class Metrics:
         )
         self._state: Callable[..., Gauge] = cache(self._states.labels)
         self._opened = counter("breaker_openings", "Breakers opened.", "offer")
-        drained = Gauge(
+        self._drains = Gauge(
             "imageway_upstream_drained",
             "1 while an operator lets nothing new go there.",
             ("upstream",),
             registry=self.registry,
             multiprocess_mode="livemostrecent",
         )
-        self._drained: Callable[..., Gauge] = cache(drained.labels)
+        self._drained: Callable[..., Gauge] = cache(self._drains.labels)
         self._store_away = Gauge(
             "imageway_picture_store_away",
             "1 while the object store takes no pictures; 0 with pictures on disk.",
@@ -176,7 +184,7 @@ class Metrics:
             registry=self.registry,
             multiprocess_mode="livemax",
         )
-        self._offers: frozenset[str] = frozenset()
+        self._offers, self._told = frozenset[str](), dict[str, str]()
         self.drift = Gauge(
             "imageway_ledger_drift_nanocredits",
             "Sum of all drift that the last audit found; must be 0.",
@@ -228,17 +236,21 @@ class Metrics:
     def known(self, offer_ids: list[str], variants: list[str]) -> None:
         """Show every offer and variant from the start, at zero.
 
-        Of offers that were known before and are not among them no state is shown.
+        Those that were known before stay as they are; of what is not among them any
+        more no state is shown.
         """
-        gone, self._offers = self._offers.difference(offer_ids), frozenset(offer_ids)
-        for offer_id in gone:
+        before, self._offers = self._offers, frozenset(offer_ids)
+        for offer_id in before - self._offers:
             for each in STATES:
                 self._state(offer_id, each).set(0)  # what others show of it stays
-                self._states.remove(offer_id, each)
-        if gone:
-            self._state = cache(self._states.labels)
-        for offer_id in offer_ids:
-            self._show_state(offer_id, "closed")
+                _take_out(self._states, offer_id, each)
+        for upstream in _upstreams_of(before) - _upstreams_of(self._offers):
+            self._drained(upstream).set(0)
+            _take_out(self._drains, upstream)
+        self._state = cache(self._states.labels)
+        self._drained = cache(self._drains.labels)
+        for offer_id in self._offers - before:
+            self._show_state(offer_id, self._told.get(offer_id, "closed"))
             self._drained(offer_id.partition("/")[0])
         for variant in variants:
             self._saved(variant)
@@ -289,7 +301,10 @@ class Metrics:
                     self._reload_at.set_to_current_time()
 
     def _on_breaker(self, event: BreakerChanged) -> None:
-        self._show_state(event.offer_id, event.state)
+        self._told[event.offer_id] = event.state
+        # A call may end after its offer was taken out of the configuration.
+        if event.offer_id in self._offers:
+            self._show_state(event.offer_id, event.state)
         if event.state == "open":
             self._opened(event.offer_id).inc()
 
@@ -345,6 +360,15 @@ class Metrics:
             self._state(offer_id, each).set(each == state)
 
 
-def forget_process(folder: Path, pid: int) -> None:
+def _upstreams_of(offer_ids: Iterable[str]) -> set[str]:
+    return {offer_id.partition("/")[0] for offer_id in offer_ids}
+
+
+def _take_out(gauge: Gauge, *labels: str) -> None:
+    if not SHARED:  # there the library cannot
+        gauge.remove(*labels)
+
+
+def forget_process(folder: Path, seat: int) -> None:
     """Take the gauges of a process that has ended out of a folder of figures."""
-    multiprocess.mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
+    multiprocess.mark_process_dead(seat, str(folder))  # type: ignore[no-untyped-call]

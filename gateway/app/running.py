@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from litestar.types import ASGIApp, Receive, Scope, Send
 
+from gateway.adapters.hot_memory import Bygone
 from gateway.adapters.logs import LogListener
 from gateway.api.front import Front
 from gateway.app.edition import Around, Edition, build_edition
@@ -34,6 +35,7 @@ from gateway.ports import Clock
 from gateway.serving import Leaving, Place, listen
 from gateway.settings import ConfigError, Settings
 from gateway.workers import Loops, TaskRunner, Worker
+from providers.kit.contract import Account
 from providers.kit.spool import SpoolFolder
 
 if TYPE_CHECKING:
@@ -71,6 +73,8 @@ class Gateway:
     loops: Loops = field(init=False)
     app: ASGIApp = field(init=False)
     _retired: list[Edition] = field(default_factory=list)
+    _accounts: dict[str, Account] = field(default_factory=dict)
+    """The last one of every upstream that there was."""
     _reload_asked: asyncio.Event = field(default_factory=asyncio.Event)
     _everywhere: bool = False
 
@@ -146,6 +150,7 @@ class Gateway:
         standing = self.standing
         self.edition = edition
         settings, catalogue = edition.settings, edition.catalogue
+        self._accounts = self._accounts | _accounts_of(settings)
         standing.board.refit({u.name: u.max_concurrent for u in settings.upstreams})
         offers = [offer for each in catalogue.offers.values() for offer in each]
         standing.metrics.known([o.id for o in offers], list(catalogue.variants))
@@ -154,12 +159,16 @@ class Gateway:
             self._waiting,
             lambda: self.edition.admission.lag_ms,
         )
+        edition.worker.beside = self._worked_on_before
         if standing.fleet is not None:
             send = partial(standing.fleet.send, Notice(Topic.TASKS))
             edition.worker.tell_others = send
 
     def _editions(self) -> list[Edition]:
         return [*self._retired, self.edition]
+
+    def _worked_on_before(self) -> frozenset[str]:
+        return frozenset[str]().union(*(each.worker.working for each in self._retired))
 
     async def _work(self) -> None:
         while True:
@@ -203,24 +212,27 @@ class Gateway:
         if self.leaving.begun:
             await edition.close()
             raise ConfigRefusedError([LEAVING])
+        accounts = self._accounts
         self._retired.append(before)
         self.begin(edition)
         self.deliver.sender = edition.outside.sender
         self.deliver.render = edition.render
         self.deliver.tries_after_s = settings.webhooks.tries_after_s
         before.worker.stop()
-        # What was learned of an account says nothing of the one in its place.
-        old = {
-            upstream.name: upstream.account for upstream in before.settings.upstreams
-        }
-        for upstream in settings.upstreams:
-            if old.get(upstream.name, upstream.account) != upstream.account:
-                await self.standing.board.reset(upstream.name)
+        # What was learned of an account says nothing of the one in its place, nor does
+        # what will be by requests that go on with it.
+        for each in self._retired:
+            gone = _differing_accounts(_accounts_of(each.settings), self._accounts)
+            dispatcher = each.runner.generate.dispatcher
+            dispatcher.board = Bygone(self.standing.board, gone)
+        for name in _differing_accounts(accounts, self._accounts):
+            await self.standing.board.reset(name)
         return Swapped(changed, settings.warnings)
 
     async def _checked(self, before: Settings) -> Settings:
         if self.leaving.begun:
             raise ConfigRefusedError([LEAVING])
+        await self._close_retired()
         if len(self._retired) >= RETIRED_MAX_EDITIONS:
             problem = (
                 f"work by {len(self._retired)} configurations before this one has not "
@@ -240,8 +252,9 @@ class Gateway:
         return settings
 
     async def _close_retired(self) -> None:
-        for edition in [each for each in self._retired if each.idle]:
-            self._retired.remove(edition)
+        idle = [each for each in self._retired if each.idle]
+        self._retired = [each for each in self._retired if not each.idle]
+        for edition in idle:
             await edition.close()
 
     def around(self) -> Around:
@@ -262,6 +275,8 @@ class Gateway:
 
     async def _refresh_drains(self) -> None:
         await self.edition.upstreams.refresh()
+        for each in self._retired:
+            each.upstreams.follow(self.edition.upstreams)
 
     async def _watch_pressure(self) -> None:
         await self.edition.admission.watch()
@@ -298,6 +313,18 @@ def _differing(before: Settings, after: Settings) -> tuple[str, ...]:
         for each in fields(Settings)
         if each.name not in DERIVED
         and getattr(before, each.name) != getattr(after, each.name)
+    )
+
+
+def _accounts_of(settings: Settings) -> dict[str, Account]:
+    return {upstream.name: upstream.account for upstream in settings.upstreams}
+
+
+def _differing_accounts(
+    before: Mapping[str, Account], after: Mapping[str, Account]
+) -> frozenset[str]:
+    return frozenset(
+        name for name in before.keys() & after.keys() if before[name] != after[name]
     )
 
 
@@ -398,12 +425,12 @@ async def started(
             await standing.audit()
         except ServiceUnavailableError as error:
             log.on_crash(error, "audit")  # it is hourly: no reason not to serve
-        await gateway.reload.begin()
         await gateway.edition.upstreams.refresh()
         if standing.shelves.look is not None:
             await standing.shelves.look()
         if standing.fleet is not None:
             await standing.fleet.exchange()
+        await gateway.reload.begin()
         if settings.server.admin_key is None:
             log.note("admin_routes_off", why="server.admin_key is not set")
         log.note(

@@ -18,7 +18,7 @@ from gateway.adapters.hot_memory import Alone, MemoryBoard
 from gateway.adapters.journal import DiskJournal, UnreadableError
 from gateway.adapters.logs import LogListener
 from gateway.adapters.memory import trimmer
-from gateway.adapters.metrics import Metrics
+from gateway.adapters.metrics import Metrics, keep_by_seat
 from gateway.adapters.rates import MemoryRates
 from gateway.books import Books, Shelves, StartError
 from gateway.core.fleet import Notice, Topic
@@ -137,6 +137,8 @@ def build_standing(
 ) -> Standing:
     """Build it by the first configuration; the clock is the machine's without one."""
     clock = clock or SystemClock()
+    if books.data_dir.seat is not None:
+        keep_by_seat(books.data_dir.seat.number)
     chance, metrics = SystemChance(), Metrics()
     process_id = f"{socket.gethostname()}-{os.getpid()}-{chance.token(HEX, 8)}"
     metrics.watch_log(lambda: log.dropped_lines)

@@ -39,11 +39,19 @@ class ReloadConfig:
     events: Events
     announce: Callable[[Notice], None] = lambda _: None
     _heeded: int = 0
+    _last: Swapped | tuple[str, ...] = Swapped(())
+    """What came of it, or what was wrong."""
     _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def begin(self) -> None:
-        """Take what was asked so far as heeded: the configuration was just read."""
-        self._heeded = await self.reloads.asked()
+        """Take what was asked so far as heeded, at the end of the start.
+
+        The configuration was read at its beginning: it is read again if need be.
+        """
+        number = await self.reloads.asked()
+        if number:
+            with suppress(ConfigRefusedError):  # it was told of
+                await self._heed(number)
 
     async def everywhere(self) -> Swapped:
         """Reload here and ask all others to; without the store only here.
@@ -55,7 +63,8 @@ class ReloadConfig:
         try:
             number = await self.reloads.ask()
         except GatewayError:
-            return await self._swapped()
+            async with self._one_at_a_time:
+                return await self._swapped()
         self.announce(Notice(Topic.CONFIG))
         return await self._heed(number)
 
@@ -64,34 +73,39 @@ class ReloadConfig:
         number = await self.reloads.asked()
         if number <= self._heeded:
             return
-        try:
+        with suppress(ConfigRefusedError):  # it was told of
             await self._heed(number)
-        except ConfigRefusedError:
-            return  # it was told of
 
     async def _heed(self, number: int) -> Swapped:
-        self._heeded = max(self._heeded, number)
-        problem = "the reload broke off"
-        try:
-            swapped = await self._swapped()
-            problem = ""
-        except ConfigRefusedError as error:
-            problem = "; ".join(error.problems)
-            raise
-        finally:
-            kept = problem[:PROBLEM_MAX_CHARS] or None
-            with suppress(GatewayError):  # it was done all the same
-                await self.reloads.note(self.process_id, self._heeded, kept)
+        async with self._one_at_a_time:
+            if number <= self._heeded:  # the files were read after that was asked
+                if isinstance(self._last, Swapped):
+                    return self._last
+                raise ConfigRefusedError(self._last)
+            self._heeded, self._last = number, ("the reload broke off",)
+            try:
+                self._last = swapped = await self._swapped()
+            except ConfigRefusedError as error:
+                self._last = tuple(error.problems)
+                raise
+            finally:
+                await self._note(number)
         return swapped
 
+    async def _note(self, number: int) -> None:
+        problem = None
+        if not isinstance(self._last, Swapped):
+            problem = "; ".join(self._last)[:PROBLEM_MAX_CHARS]
+        with suppress(GatewayError):  # it was done all the same
+            await self.reloads.note(self.process_id, number, problem)
+
     async def _swapped(self) -> Swapped:
-        async with self._one_at_a_time:
-            try:
-                swapped = await self.swap()
-            except ConfigRefusedError as error:
-                problem = "; ".join(error.problems)[:PROBLEM_MAX_CHARS]
-                self.events.emit(ConfigRead("refused", problem=problem))
-                raise
+        try:
+            swapped = await self.swap()
+        except ConfigRefusedError as error:
+            problem = "; ".join(error.problems)[:PROBLEM_MAX_CHARS]
+            self.events.emit(ConfigRead("refused", problem=problem))
+            raise
         outcome = "reloaded" if swapped.changed else "unchanged"
         self.events.emit(ConfigRead(outcome, swapped.changed))
         return swapped

@@ -69,6 +69,10 @@ class Upstreams:
         async with self._one_at_a_time:
             await self._read()
 
+    def follow(self, other: Upstreams) -> None:
+        """Take over what another has read, for work that goes on by an older config."""
+        self._since_ms, self._drained = other._since_ms, other._drained
+
     async def drain(self, name: str) -> UpstreamView:
         """Let nothing new go to an upstream; what runs there ends by itself.
 

@@ -6,16 +6,24 @@ import json
 import os
 import pty
 import signal
+import sqlite3
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from gateway.adapters.logs import LogListener
+from gateway.app import build_gateway, read_settings
+from gateway.app.running import RETIRED_MAX_EDITIONS
+from gateway.books import open_books
+from gateway.settings import Settings
 from tests.e2e.gateways import (
     ADMIN_KEY,
     COMMAND,
@@ -136,6 +144,28 @@ def test_new_requests_go_by_the_new_configuration_and_those_under_way_by_theirs(
         states = gateway.metric("imageway_breaker_state")
         assert not [labels for labels in states if "old/" in labels]
         assert gateway.audit()["clean"]
+
+
+def test_a_task_that_goes_on_is_not_taken_over_by_the_worker_that_came_after(
+    gateway: LiveGateway,
+) -> None:
+    gateway.sandbox("old", latency_ms=3_000)
+    later = {"prefer": "respond-async"}
+    with gateway.client() as client:
+        task_id = client.post(POST, json=BODY, headers=later).json()["id"]
+        until(lambda: trail(gateway, task_id) == ["old"], "the call")
+        rewrite(gateway, config_of("new"))
+        assert reload(gateway).status_code == 200
+
+        # As a machine that slept for a while finds it.
+        with closing(sqlite3.connect(gateway.data_dir / "imageway.db")) as books, books:
+            books.execute("UPDATE tasks SET lease_until_ms = 0 WHERE id = ?", [task_id])
+
+        until(
+            lambda: client.get(f"/v1/tasks/{task_id}").json()["status"] == "completed",
+            "the task is done",
+        )
+    assert trail(gateway, task_id) == ["old"]
 
 
 def test_a_price_changes_for_requests_from_then_on(gateway: LiveGateway) -> None:
@@ -264,6 +294,30 @@ def test_a_new_credential_is_tried_at_once(gateway: LiveGateway) -> None:
         assert client.post(POST, json=BODY).status_code == 200
 
 
+def test_a_task_that_goes_on_with_the_old_credential_spoils_not_the_new_one(
+    gateway: LiveGateway,
+) -> None:
+    gateway.sandbox("old", failure_rate=1, failure_kind="auth")
+    later = {"prefer": "respond-async"}
+
+    def refusals() -> int:
+        lines = [json.loads(line) for line in gateway.logs if line.startswith("{")]
+        return sum(line.get("outcome") == "auth" for line in lines)
+
+    with gateway.client() as client:
+        task_id = client.post(POST, json=BODY, headers=later).json()["id"]
+        until(lambda: refusals() == 1, "the first refusal")
+
+        rewrite(gateway, config_of("old", latency_ms=2))
+        assert reload(gateway).json()["outcome"] == "reloaded"
+        # It tries again after 2 s, as it was configured when it began.
+        until(lambda: refusals() == 2, "another refusal")
+
+        is_open = '{offer="old/gpt-image-2",state="open"}'
+        assert gateway.metric("imageway_breaker_state")[is_open] == 0
+        assert client.post(f"/v1/tasks/{task_id}/cancel").status_code == 200
+
+
 def test_reloads_one_after_the_other_lose_no_request(gateway: LiveGateway) -> None:
     def asked(_: int) -> int:
         with gateway.client() as client:
@@ -281,24 +335,50 @@ def test_reloads_one_after_the_other_lose_no_request(gateway: LiveGateway) -> No
     assert gateway.audit()["clean"]
 
 
-def test_a_hang_up_signal_while_it_starts_ends_nothing(tmp_path: Path) -> None:
+async def test_configurations_that_nobody_uses_are_in_nobodys_way(
+    tmp_path: Path,
+) -> None:
+    config = tmp_path / "gateway.toml"
+    numbers = iter(range(2 * RETIRED_MAX_EDITIONS))
+
+    def read_again() -> Settings:
+        config.write_text(config_of(f"u{next(numbers)}"))
+        return read_settings(config, {"storage.data_dir": str(tmp_path / "data")})
+
+    settings = read_again()
+    async with open_books(settings) as books:
+        # None of its chores runs: as if all came within a second.
+        gateway = build_gateway(settings, books, LogListener(), read_again=read_again)
+        for _ in range(RETIRED_MAX_EDITIONS + 2):
+            assert (await gateway.swap()).changed
+        await gateway.close()
+
+
+def test_a_hang_up_signal_while_it_starts_is_heeded_after_that(tmp_path: Path) -> None:
     options = ["--port", "0", "--data-dir", str(tmp_path)]
     starting = subprocess.Popen(
         [*COMMAND, "serve", *options],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         env=environment(),
     )
     until((tmp_path / "imageway.db").exists, "the database, long before it serves")
     starting.send_signal(signal.SIGHUP)
 
-    assert starting.stdout is not None
+    assert starting.stderr is not None
+    watchdog = threading.Timer(SEEN_MAX_S, starting.terminate)
+    watchdog.start()
     try:
-        assert b"runs at" in starting.stdout.readline()
+        lines = [starting.stderr.readline() for _ in ("started", "config_read")]
     finally:
+        watchdog.cancel()
         starting.terminate()
-        starting.communicate(timeout=SEEN_MAX_S)
+        out, _ = starting.communicate(timeout=SEEN_MAX_S)
+
+    assert "runs at" in out
+    assert '"event":"config_read"' in lines[1]
 
 
 def test_a_terminal_that_is_gone_ends_the_gateway_instead(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -90,7 +91,9 @@ async def test_what_one_is_asked_for_every_other_does_once() -> None:
     assert other.events.seen == [ConfigRead("reloaded", ("offers",))]
 
 
-async def test_who_starts_after_an_asking_has_read_the_files_already() -> None:
+async def test_who_starts_while_others_are_asked_heeds_it_at_the_end_of_its_start() -> (
+    None
+):
     reloads = MemoryReloads()
     await reloads.ask()
     late = process(reloads, "late")
@@ -98,7 +101,68 @@ async def test_who_starts_after_an_asking_has_read_the_files_already() -> None:
     await late.reload.begin()
     await late.reload.look()
 
-    assert late.files.read == 0
+    assert late.files.read == 1, "its configuration may be from before the asking"
+    assert reloads.kept["late"].heeded == 1, "nobody waits for it"
+
+
+async def test_where_nobody_ever_asked_the_start_reads_once() -> None:
+    fresh = process(MemoryReloads(), "fresh")
+
+    await fresh.reload.begin()
+
+    assert fresh.files.read == 0
+
+
+async def test_two_askings_at_once_are_each_told_what_became_of_their_own() -> None:
+    reloads = MemoryReloads()
+    one = process(reloads, "one")
+    gate = asyncio.Event()
+    swap = one.reload.swap
+
+    async def slow() -> Swapped:
+        swapped = await swap()
+        await gate.wait()
+        one.files.problems = ["broken meanwhile"]
+        return swapped
+
+    one.reload.swap = slow
+    first = asyncio.create_task(one.reload.everywhere())
+    await asyncio.sleep(0)
+    second = asyncio.create_task(one.reload.everywhere())
+    await asyncio.sleep(0)
+    noted: list[ReloadNote] = []
+    note = reloads.note
+
+    async def noting(process_id: str, number: int, problem: str | None) -> None:
+        noted.append(ReloadNote(process_id, number, problem))
+        await note(process_id, number, problem)
+
+    reloads.note = noting  # type: ignore[method-assign]
+    gate.set()
+    await asyncio.wait({first, second})
+
+    assert first.result().changed == ("offers",)
+    assert isinstance(second.exception(), ConfigRefusedError)
+    assert noted == [
+        ReloadNote("one", 1, None),
+        ReloadNote("one", 2, "broken meanwhile"),
+    ]
+
+
+async def test_who_asks_is_told_even_if_a_look_was_faster() -> None:
+    reloads = MemoryReloads()
+    one = process(reloads, "one")
+    ask = reloads.ask
+
+    async def then_looks() -> int:
+        number = await ask()
+        await one.reload.look()
+        return number
+
+    reloads.ask = then_looks  # type: ignore[method-assign]
+
+    assert (await one.reload.everywhere()).changed == ("offers",)
+    assert one.files.read == 1
 
 
 async def test_a_refusal_is_told_noted_and_not_tried_again_by_itself() -> None:

@@ -62,6 +62,17 @@ async def test_nothing_new_goes_to_a_drained_upstream_until_it_is_enabled() -> N
     assert office.told == [("cheap", "drained"), ("cheap", "enabled")]
 
 
+async def test_work_by_an_older_configuration_heeds_a_drain_that_is_told_once() -> None:
+    office = Office()  # the shop buys by these upstreams
+    newer = replace(office.upstreams, catalogue=office.counter.catalogue)
+
+    await newer.drain("cheap")
+    office.upstreams.follow(newer)
+
+    assert served(await office.shop.buy()) == ["dear"]
+    assert office.told == [("cheap", "drained")]
+
+
 async def test_what_runs_at_a_drained_upstream_ends_there() -> None:
     begun = asyncio.Event()
 
