@@ -16,6 +16,7 @@ from gateway.adapters.blobs import DiskBlobs
 from gateway.adapters.clock import SystemChance, SystemClock
 from gateway.adapters.data_dir import DataDir, DataDirError, Seat
 from gateway.adapters.sql.accounts import SqlAccounts
+from gateway.adapters.sql.backlog import SqlBacklog
 from gateway.adapters.sql.database import Database
 from gateway.adapters.sql.deliveries import SqlOutbox
 from gateway.adapters.sql.drains import SqlDrains
@@ -89,6 +90,7 @@ class Books:
     tasks: SqlTaskStore
     queue: SqlQueue
     files: SqlFiles
+    backlog: SqlBacklog
     outbox: SqlOutbox
     drains: SqlDrains
     reloads: SqlReloads
@@ -288,6 +290,7 @@ async def open_books(
             tasks=SqlTaskStore(database),
             queue=SqlQueue(database),
             files=SqlFiles(database),
+            backlog=SqlBacklog(database),
             outbox=outbox,
             drains=SqlDrains(database),
             reloads=SqlReloads(database),

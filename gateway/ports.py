@@ -272,7 +272,7 @@ class Claimed:
 
     Writes carry ``fence``: once somebody else has claimed the task, they are refused.
     ``takeovers`` counts how often a lease ended before its task. ``cancelled``: its
-    owner has cancelled it meanwhile.
+    owner has cancelled it meanwhile. ``expired``: nobody let go of it, its lease ended.
     """
 
     record: TaskRecord
@@ -280,6 +280,17 @@ class Claimed:
     fence: int
     takeovers: int
     cancelled: bool = False
+    expired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What is open, by the books. ``oldest_queued_ms`` is when the task was made."""
+
+    pending: int
+    processing: int
+    oldest_queued_ms: int | None
+    held_nanocredits: int
 
 
 @dataclass(frozen=True, slots=True)

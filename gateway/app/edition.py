@@ -24,7 +24,7 @@ from gateway.api.errors import internal_error, render_error
 from gateway.api.estimate import estimate_routes
 from gateway.api.files import FileApi, file_routes
 from gateway.api.health import health_routes
-from gateway.api.http import AnyRequest, ClientGoneError, note_of
+from gateway.api.http import AnyRequest, note_of
 from gateway.api.images import Images, image_routes
 from gateway.api.links import Links, OpenLinks, link_routes
 from gateway.api.models import model_routes
@@ -275,7 +275,7 @@ def build_edition(
                 authenticate,
                 gate,
                 read_task,
-                ManageTasks(books.queue, read_task, clock),
+                ManageTasks(books.queue, read_task, clock, events),
                 links,
                 renderer,
             ),
@@ -385,8 +385,7 @@ def routed(handlers: list[ControllerRouterHandler], log: LogListener) -> Litesta
 
     def refused(request: AnyRequest, error: GatewayError) -> Response[bytes]:
         note = note_of(request.scope)
-        note.error_code = error.code
-        note.client_gone = isinstance(error, ClientGoneError)
+        note.refused(error)
         rendered = render_error(error, note.id, request.scope["path"])
         return Response(
             rendered.body, status_code=rendered.status, headers=dict(rendered.headers)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 WEBHOOKS_EVERY_S = 1.0
 DRAINS_EVERY_S = 1.0
+UPSTREAMS_EVERY_S = 1.0
 STORE_EVERY_S = 5.0
 RETIRED_EVERY_S = 1.0
 RETIRED_MAX_EDITIONS = 8
@@ -146,8 +147,7 @@ class Gateway:
         self.edition = edition
         settings, catalogue = edition.settings, edition.catalogue
         standing.board.refit({u.name: u.max_concurrent for u in settings.upstreams})
-        offers = [offer for each in catalogue.offers.values() for offer in each]
-        standing.metrics.known([o.id for o in offers], list(catalogue.variants))
+        standing.metrics.known(catalogue)
         standing.metrics.watch_waiting(
             catalogue.variants,
             self._waiting,
@@ -256,6 +256,11 @@ class Gateway:
     async def _refresh_drains(self) -> None:
         await self.edition.upstreams.refresh()
 
+    async def _show_upstreams(self) -> None:
+        # Whoever looks also notices circuits that nobody asks of any more.
+        views = await self.edition.upstreams.views()
+        self.standing.metrics.show_upstreams({v.name: v.up for v in views})
+
     async def _watch_pressure(self) -> None:
         await self.edition.admission.watch()
 
@@ -273,6 +278,7 @@ class Gateway:
             "webhooks": (WEBHOOKS_EVERY_S, self.deliver),
             "journal": (REPLAY_EVERY_S, standing.tasks.replay),
             "drained upstreams": (DRAINS_EVERY_S, self._refresh_drains),
+            "how upstreams are": (UPSTREAMS_EVERY_S, self._show_upstreams),
             "pressure": (LAG_EVERY_MS / 1000, self._watch_pressure),
             "reloads": (LOOK_EVERY_S, self.reload.look),
             "configurations before": (RETIRED_EVERY_S, self._close_retired),

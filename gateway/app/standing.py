@@ -8,6 +8,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from gateway.adapters.clock import SystemChance, SystemClock
@@ -43,6 +44,7 @@ EXPIRE_EVERY_S = 900.0
 AUDIT_EVERY_S = 3600.0
 TRIM_EVERY_S = 2.0
 SAMPLE_EVERY_S = 1.0
+BACKLOG_EVERY_S = 10.0
 TASK_KEPT_MS = 30 * 24 * 3600 * 1000
 FORGET_AT_ONCE = 200
 RESULT_GRACE_MS = 1_800_000
@@ -87,7 +89,7 @@ class Standing:
         """Audit the books, and show the drift."""
         report = await self.books.audit()
         drift = sum(abs(found.drift_nanocredits) for found in report.drifts)
-        self.metrics.drift.set(max(drift, len(report.drifts)))
+        self.metrics.show_drift(max(drift, len(report.drifts)))
 
     def chores(self) -> dict[str, Chore]:
         """Name each chore that keeps house, and how often it is done, in seconds."""
@@ -105,7 +107,12 @@ class Standing:
             "audit": (AUDIT_EVERY_S, self.audit),
             "free memory": (TRIM_EVERY_S, trimmed),
             "what others show": (SAMPLE_EVERY_S, self.metrics.sample),
+            "open tasks": (BACKLOG_EVERY_S, self._show_backlog),
         }
+
+    async def _show_backlog(self) -> None:
+        backlog = await self.books.backlog.read()
+        self.metrics.show_backlog(backlog, self.clock.now_ms())
 
     async def _expire(self) -> None:
         before_ms = self.clock.now_ms() - RESULT_KEPT_MS - RESULT_GRACE_MS
@@ -126,9 +133,9 @@ def build_standing(
 ) -> Standing:
     """Build it by the first configuration; the clock is the machine's without one."""
     clock = clock or SystemClock()
-    chance, metrics = SystemChance(), Metrics()
+    chance, metrics = SystemChance(), Metrics(version("imageway"))
     process_id = f"{socket.gethostname()}-{os.getpid()}-{chance.token(HEX, 8)}"
-    metrics.watch_log(lambda: log.dropped_lines)
+    metrics.watch("log_lines_dropped", lambda: log.dropped_lines)
     events = FanOut((metrics.on_event, log.on_event), log.on_crash)
     fleet = _fleet(settings, process_id, clock, events, log)
     board = MemoryBoard(clock, chance, events, slots={}, fleet=fleet or Alone())
@@ -138,7 +145,7 @@ def build_standing(
     if fleet is not None:
         fleet.board = board
         fleet.heed[Topic.KEYS] = authenticate.forget
-        metrics.watch_fleet(lambda: board.processes)
+        metrics.watch("fleet_processes", lambda: board.processes)
     return Standing(
         books=books,
         shelves=shelves,
@@ -212,5 +219,5 @@ def _journaled(
         journal = DiskJournal.open(books.data_dir.journal)
     except UnreadableError as error:
         raise StartError(str(error)) from error
-    metrics.watch_journal(lambda: journal.waiting)
+    metrics.watch("journal_waiting", lambda: journal.waiting)
     return JournaledTasks(books.tasks, journal, clock, events)
