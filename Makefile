@@ -28,13 +28,16 @@ test: setup-dev engines $(CLIENTS)/node_modules/.done ## Run every test
 chaos: setup-dev ## Kill workers and ask for too much, for minutes, and see that nothing is lost
 	$(BIN)/python -m pytest -q -s --whole -o timeout=1200 tests/chaos $(ARGS)
 
-check: setup-dev ## Format, lint, types, import contracts, configuration, image, compose
+check: setup-dev ## Format, lint, types, import contracts, configuration, rules, image, compose
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/imageway check
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+	@if command -v promtool >/dev/null; then \
+	  promtool check config grafana/prometheus.yaml && promtool test rules grafana/rules/tests/*.yaml; \
+	else echo "grafana/rules: not tested, there is no promtool (Debian: apt-get install prometheus)" >&2; fi
 	@if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint --failure-threshold style Dockerfile && echo "Dockerfile: ok"; \
 	else echo "Dockerfile: not linted, there is no hadolint for this machine" >&2; fi
 
@@ -87,9 +90,9 @@ $(VENV)/.dev: requirements/dev.txt $(VENV)/.run
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	@touch $@
 
-# PostgreSQL and Redis, which tests start for themselves. Without them their tests are
-# skipped, but not in CI. Nothing is left running: Debian would start both at once.
-ENGINES := $(shell command -v redis-server >/dev/null || echo redis-server; ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || command -v postgres >/dev/null || echo postgresql)
+# PostgreSQL, Redis and Prometheus, which tests start for themselves. Without them their
+# tests are skipped, but not in CI. Nothing is left running: Debian would start all at once.
+ENGINES := $(shell command -v redis-server >/dev/null || echo redis-server; command -v promtool >/dev/null || echo prometheus; ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || command -v postgres >/dev/null || echo postgresql)
 engines:
 ifneq ($(ENGINES),)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
