@@ -8,9 +8,9 @@ HOST ?= 127.0.0.1
 PORT ?= 8080
 DATA_DIR ?= data
 CLIENTS := tests/clients
-SOURCES := gateway providers tests bench
+SOURCES := gateway providers tests bench grafana
 
-.PHONY: help setup setup-dev engines serve test chaos check format bench simulate simulators lock clean
+.PHONY: help setup setup-dev engines serve test chaos check format bench dashboards simulate simulators lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -35,6 +35,7 @@ check: setup-dev ## Format, lint, types, import contracts, configuration, rules,
 	$(BIN)/lint-imports
 	$(BIN)/imageway check
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+	$(BIN)/python -m grafana.build --check
 	@if command -v promtool >/dev/null; then \
 	  promtool check config grafana/prometheus.yaml && promtool test rules grafana/rules/tests/*.yaml; \
 	else echo "grafana/rules: not tested, there is no promtool (Debian: apt-get install prometheus)" >&2; fi
@@ -55,6 +56,9 @@ bench: setup-dev ## Measure speed and memory; prints figures
 	$(BIN)/python -m bench.overload
 	$(BIN)/python -m bench.shared_state
 	$(BIN)/python -m bench.speed
+
+dashboards: setup-dev ## Write the dashboards of grafana/build.py
+	$(BIN)/python -m grafana.build
 
 simulate: setup-dev ## Simulate years of outages; prints availability, cost and more
 	$(BIN)/python -m bench.simulation
