@@ -28,6 +28,7 @@ from gateway.adapters.sql.queue import SqlQueue
 from gateway.adapters.sql.reloads import SqlReloads
 from gateway.adapters.sql.sqlite import SqliteDatabase
 from gateway.adapters.sql.tasks import SqlTaskStore
+from gateway.adapters.sql.uptime import SqlUptime
 from gateway.core.errors import GatewayError, upstream_not_found
 from gateway.core.events import Event
 from gateway.core.fleet import Notice
@@ -91,6 +92,7 @@ class Books:
     queue: SqlQueue
     files: SqlFiles
     backlog: SqlBacklog
+    uptime: SqlUptime
     outbox: SqlOutbox
     drains: SqlDrains
     reloads: SqlReloads
@@ -291,6 +293,7 @@ async def open_books(
             queue=SqlQueue(database),
             files=SqlFiles(database),
             backlog=SqlBacklog(database),
+            uptime=SqlUptime(database),
             outbox=outbox,
             drains=SqlDrains(database),
             reloads=SqlReloads(database),

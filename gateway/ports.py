@@ -13,6 +13,7 @@ from gateway.core.ledger import Balance, Settled
 from gateway.core.pricing import CostSource
 from gateway.core.routing import NO_PREFERENCES, Preferences
 from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
+from gateway.core.uptime import Slot
 from gateway.core.webhooks import Answer, Delivery, Places, SigningKey
 from providers.kit.contract import (
     Billed,
@@ -1090,6 +1091,30 @@ class FileStore(Protocol):
 
     async def expired_files(self, *, now_ms: int, limit: int) -> Sequence[StoredFile]:
         """List files whose time is over."""
+        ...
+
+
+class UptimeBook(Protocol):
+    """Counts of what was served and failed, by five minutes and by day (UTC)."""
+
+    async def add(self, slots: Iterable[Slot]) -> None:
+        """Add counts to those of their slots, and of the days of these."""
+        ...
+
+    async def slots(self, since_ms: int) -> Sequence[Slot]:
+        """Return the slots that began at a moment or later."""
+        ...
+
+    async def days(self, since_ms: int) -> Sequence[Slot]:
+        """Return the days that began at a moment or later."""
+        ...
+
+    async def troubled(self, since_ms: int, limit: int) -> Sequence[Slot]:
+        """Return the latest slots whose count is ``troubled``."""
+        ...
+
+    async def forget(self, before_ms: int) -> int:
+        """Forget what began before a moment; returns how many rows that were."""
         ...
 
 

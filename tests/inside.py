@@ -18,7 +18,9 @@ from gateway.app import Gateway, build_gateway, read_settings
 from gateway.books import Books, open_books
 from gateway.core.money import NANO
 from gateway.settings import Settings
+from tests.e2e.gateways import ADMIN_KEY
 
+ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 ORIGIN = "http://gateway.test"
 
 
@@ -63,13 +65,21 @@ async def inside(
     folder: Path, config: str | None = None, *, works: bool = True
 ) -> AsyncIterator[Inside]:
     """Run a gateway in this process; ``works`` has it take tasks and keep house."""
-    path = None
+    path, secret = None, folder / "admin_key"
+    secret.touch(mode=0o600)
+    secret.write_text(ADMIN_KEY)
     if config is not None:
         path = folder / "gateway.toml"
         path.write_text(config)
 
     def read() -> Settings:
-        return read_settings(path, {"storage.data_dir": str(folder / "data")})
+        return read_settings(
+            path,
+            {
+                "storage.data_dir": str(folder / "data"),
+                "server.admin_key": f"file:{secret}",
+            },
+        )
 
     settings, log = read(), io.StringIO()
     async with open_books(settings, alone=True) as books:

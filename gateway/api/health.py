@@ -15,7 +15,8 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>imageway</title>
 <body style="font:16px/1.5 system-ui;max-width:42rem;margin:4rem auto;padding:0 1rem">
 <h1>imageway</h1><p>The gateway runs. Point your OpenAI client at this address:
 <p><code>base_url = "http://&lt;this host&gt;/v1"</code>
-<p><a href="/health/ready">readiness</a> · <a href="/metrics">metrics</a></body>
+<p><a href="/health/ready">readiness</a> · <a href="/status">status</a>
+· <a href="/metrics">metrics</a></body>
 """
 
 

@@ -30,6 +30,7 @@ from gateway.api.links import Links, OpenLinks, link_routes
 from gateway.api.models import model_routes
 from gateway.api.reload import Reload, reload_routes
 from gateway.api.render import Renderer
+from gateway.api.status import status_routes
 from gateway.api.tasks import task_routes
 from gateway.api.upstreams import Explain, explain_routes, upstream_routes
 from gateway.api.webhooks import webhook_admin_routes, webhook_routes
@@ -52,6 +53,7 @@ from gateway.flows.inputs import LoadInputs
 from gateway.flows.replay import Replay
 from gateway.flows.tasks import ManageTasks
 from gateway.flows.upstreams import Upstreams
+from gateway.flows.uptime import ReadUptime
 from gateway.ports import Fetcher, Sender, Tunable
 from gateway.settings import Settings, load_settings
 from gateway.workers import TaskRunner, Worker
@@ -292,6 +294,7 @@ def build_edition(
                 gate,
                 Explain(catalogue, books.accounts, upstreams, generate.check_route),
             ),
+            *status_routes(_read_uptime(settings, standing, catalogue), links.origin),
             *health_routes(
                 {
                     "process": standing.leaving.check,
@@ -316,6 +319,16 @@ def build_edition(
         outside=outside,
         render=rendered,
     )
+
+
+def _read_uptime(
+    settings: Settings, standing: Standing, catalogue: Catalogue
+) -> ReadUptime:
+    models = [name for name, offers in catalogue.offers.items() if offers]
+    upstreams: list[str] = []
+    if settings.tenants_may_choose:
+        upstreams = [upstream.name for upstream in settings.upstreams]
+    return ReadUptime(standing.books.uptime, standing.clock, models, upstreams)
 
 
 def _upstreams(

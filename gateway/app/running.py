@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from gateway.app.standing import (
 )
 from gateway.books import Books, StartError, first_run, open_books
 from gateway.core.catalogue import Catalogue
-from gateway.core.errors import ConfigRefusedError
+from gateway.core.errors import ConfigRefusedError, ServiceUnavailableError
 from gateway.core.fleet import Notice, Topic
 from gateway.core.pressure import LAG_EVERY_MS
 from gateway.flows.journal import REPLAY_EVERY_S
@@ -131,6 +131,8 @@ class Gateway:
         if late:
             standing.log.note("drain_timeout", tasks=late)
         await standing.tasks.replay()
+        with suppress(ServiceUnavailableError):
+            await standing.uptime.add()
         try:
             # Who leaves requests unfinished, or not booked, is found to be lost once it
             # is gone: they must not be closed by others while they may end here.

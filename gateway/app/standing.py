@@ -23,6 +23,7 @@ from gateway.adapters.metrics import Metrics
 from gateway.books import Books, Shelves, StartError
 from gateway.core.fleet import Topic
 from gateway.core.idempotency import KEY_KEPT_MS
+from gateway.core.uptime import DAY_MS, KEPT_DAYS
 from gateway.flows.files import Files
 from gateway.flows.inputs import KeptInputs
 from gateway.flows.journal import JournaledTasks
@@ -31,6 +32,7 @@ from gateway.flows.line import Line
 from gateway.flows.recovery import Recovery
 from gateway.flows.results import RESULT_KEPT_MS, Results
 from gateway.flows.tasks import ReadTask
+from gateway.flows.uptime import ADD_EVERY_S, KeepUptime
 from gateway.ports import Chance, Clock, Events
 from gateway.serving import Leaving
 from gateway.settings import Settings
@@ -77,6 +79,7 @@ class Standing:
     kept_inputs: KeptInputs
     spools: SpoolFolder
     studio: PillowStudio
+    uptime: KeepUptime
     leaving: Leaving
     fleet: RedisFleet | None
 
@@ -107,12 +110,18 @@ class Standing:
             "audit": (AUDIT_EVERY_S, self.audit),
             "free memory": (TRIM_EVERY_S, trimmed),
             "what others show": (SAMPLE_EVERY_S, self.metrics.sample),
+            "uptime": (ADD_EVERY_S, self.uptime.add),
+            "old uptime": (EXPIRE_EVERY_S, self._forget_uptime),
             "open tasks": (BACKLOG_EVERY_S, self._show_backlog),
         }
 
     async def _show_backlog(self) -> None:
         backlog = await self.books.backlog.read()
         self.metrics.show_backlog(backlog, self.clock.now_ms())
+
+    async def _forget_uptime(self) -> None:
+        kept_ms = (KEPT_DAYS + 1) * DAY_MS
+        await self.books.uptime.forget(self.clock.now_ms() - kept_ms)
 
     async def _expire(self) -> None:
         before_ms = self.clock.now_ms() - RESULT_KEPT_MS - RESULT_GRACE_MS
@@ -136,7 +145,8 @@ def build_standing(
     chance, metrics = SystemChance(), Metrics(version("imageway"))
     process_id = f"{socket.gethostname()}-{os.getpid()}-{chance.token(HEX, 8)}"
     metrics.watch("log_lines_dropped", lambda: log.dropped_lines)
-    events = FanOut((metrics.on_event, log.on_event), log.on_crash)
+    uptime = KeepUptime(books.uptime, clock)
+    events = FanOut((metrics.on_event, log.on_event, uptime.on_event), log.on_crash)
     fleet = _fleet(settings, process_id, clock, events, log)
     board = MemoryBoard(clock, chance, events, slots={}, fleet=fleet or Alone())
     shelves = books.shelves(events.emit)
@@ -166,6 +176,7 @@ def build_standing(
         kept_inputs=KeptInputs(shelves.inputs, spools),
         spools=spools,
         studio=PillowStudio(spools),
+        uptime=uptime,
         leaving=Leaving(clock.monotonic_ms),
         fleet=fleet,
     )

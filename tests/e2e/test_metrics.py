@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gateway.core.outcomes import RequestOutcome
-from tests.inside import Inside, inside
+from tests.inside import ADMIN, Inside, inside
 
 UPSTREAMS = ("sandbox-thrifty", "sandbox-fair", "sandbox-dear")
 REQUESTS = "imageway_requests_total"
@@ -131,6 +131,26 @@ async def test_an_upstream_whose_account_is_refused_is_down(there: Inside) -> No
     assert await there.sample("imageway_circuit_state", **state) == 1
     moved = circuit | {"to": "open"}
     assert await there.sample("imageway_circuit_transitions_total", **moved) == 1
+
+
+async def test_a_monitor_is_told_in_short_how_upstreams_are(there: Inside) -> None:
+    fail(there, "auth", "sandbox-thrifty")
+    await there.ask()
+    nobody = await there.client.get("/health/upstreams")
+    some = await there.client.get("/health/upstreams", headers=ADMIN)
+    fail(there, "auth")
+    await there.ask()
+    none = await there.client.get("/health/upstreams", headers=ADMIN)
+    ready = await there.client.get("/health/ready")
+
+    assert nobody.status_code == 401
+    assert (some.status_code, some.json()["status"]) == (200, "degraded")
+    told = some.json()["upstreams"]
+    assert told["sandbox-fair"]["up"]
+    assert not told["sandbox-thrifty"]["up"]
+    assert told["sandbox-thrifty"]["reason"] == "auth"
+    assert (none.status_code, none.json()["status"]) == (503, "down")
+    assert ready.status_code == 200  # a gateway without upstreams still answers
 
 
 async def test_a_task_that_is_cancelled_while_it_waits_is_counted(
