@@ -62,7 +62,11 @@ class Inside:
 
 @asynccontextmanager
 async def inside(
-    folder: Path, config: str | None = None, *, works: bool = True
+    folder: Path,
+    config: str | None = None,
+    *,
+    works: bool = True,
+    overrides: dict[str, str] | None = None,
 ) -> AsyncIterator[Inside]:
     """Run a gateway in this process; ``works`` has it take tasks and keep house."""
     path, secret = None, folder / "admin_key"
@@ -78,7 +82,8 @@ async def inside(
             {
                 "storage.data_dir": str(folder / "data"),
                 "server.admin_key": f"file:{secret}",
-            },
+            }
+            | (overrides or {}),
         )
 
     settings, log = read(), io.StringIO()

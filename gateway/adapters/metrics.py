@@ -30,6 +30,7 @@ from prometheus_client import (
     multiprocess,
     values,
 )
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from gateway.core.admission import Reason
 from gateway.core.catalogue import Catalogue, Offer
@@ -54,10 +55,12 @@ from gateway.core.events import (
 from gateway.core.outcomes import RequestOutcome
 from gateway.core.routing import NEXT_BY_KIND, Next
 from gateway.core.tasks import STOPPED, DeliveryMode
+from gateway.core.traces import trace_id_of
 from gateway.ports import Backlog
 from providers.kit.contract import FailureKind, Operation, Usage
 
 NANO = 1e9
+OPENMETRICS = "application/openmetrics-text"
 OTHER = "other"
 """Stands for every label value that is in no closed set."""
 
@@ -353,10 +356,17 @@ class Metrics:
         for gauge, value in self._sampled.items():
             gauge.set(value())
 
-    async def render(self) -> tuple[bytes, str]:
-        """Write all metrics in Prometheus' text format; with its media type."""
+    async def render(self, accept: str = "") -> tuple[bytes, str]:
+        """Write all metrics, in the format asked for; with its media type.
+
+        In OpenMetrics with exemplars: traces of tasks. The library has none for
+        several processes, so that these always get Prometheus' own text format.
+        """
         await self.sample()
         registry = self.registry
+        if OPENMETRICS in accept and not SHARED:
+            text = await asyncio.to_thread(openmetrics.generate_latest, registry)
+            return text, openmetrics.CONTENT_TYPE_LATEST
         if SHARED:
             registry = CollectorRegistry()
             multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
@@ -446,7 +456,7 @@ class Metrics:
         result = "success" if won else event.outcome
         count["upstream_attempts"](*offer, result).inc()
         took = self._histograms["upstream_duration_seconds"](*offer)
-        took.observe(event.duration_ms / 1000)
+        took.observe(event.duration_ms / 1000, _exemplar(event.task_id))
         if event.cost_nanousd:
             name = "upstream_cost_usd" if won else "waste_usd"
             count[name](*offer).inc(event.cost_nanousd / NANO)
@@ -465,7 +475,7 @@ class Metrics:
             count["requests_saved_by_fallback"](model).inc()
         if event.images:
             took = self._histograms["request_duration_seconds"](model, *kind)
-            took.observe(event.duration_ms / 1000)
+            took.observe(event.duration_ms / 1000, _exemplar(event.task_id))
             count["images"](model).inc(event.images)
         self._on_settlement(event, model)
 
@@ -539,6 +549,10 @@ class Metrics:
     def _show_state(self, circuit: tuple[str, str, str], state: str) -> None:
         for each in STATES:
             self._state(*circuit, each).set(each == state)
+
+
+def _exemplar(task_id: str) -> dict[str, str]:
+    return {"trace_id": trace_id_of(task_id)}
 
 
 def _children(metric: M, labels: tuple[str, ...]) -> Callable[..., M]:

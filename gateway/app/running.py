@@ -48,7 +48,7 @@ RETIRED_MAX_EDITIONS = 8
 """Each keeps its connections until the last request by it has ended."""
 SWEEP_EVERY_S = 60.0
 ONLY_AT_START = ("host", "port", "secret")
-"""Of the section server; all of the section storage is."""
+"""Of the section server; all of the sections storage and tracing are."""
 DERIVED = frozenset({"warnings", "files"})
 """What of the settings says nothing of its own."""
 
@@ -142,11 +142,14 @@ class Gateway:
             standing.log.on_crash(error, "leaving")
         for edition in editions:
             await edition.close()
+        if standing.tracer is not None:
+            await asyncio.to_thread(standing.tracer.close)
 
     def begin(self, edition: Edition) -> None:
         """Put an edition into use."""
         standing = self.standing
         self.edition = edition
+        standing.log.level = edition.settings.log_level
         settings, catalogue = edition.settings, edition.catalogue
         standing.board.refit({u.name: u.max_concurrent for u in settings.upstreams})
         standing.metrics.known(catalogue)
@@ -305,6 +308,7 @@ def _differing(before: Settings, after: Settings) -> tuple[str, ...]:
 def _only_at_start(before: Settings, after: Settings) -> list[str]:
     names = [("server", name) for name in ONLY_AT_START]
     names += [("storage", each.name) for each in fields(before.storage)]
+    names += [("tracing", each.name) for each in fields(before.tracing)]
     return [
         f"{section}.{name}"
         for section, name in names

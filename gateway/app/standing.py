@@ -40,6 +40,7 @@ from providers.kit.spool import SpoolFolder
 
 if TYPE_CHECKING:
     from gateway.adapters.hot_redis.fleet import RedisFleet
+    from gateway.adapters.tracing import Tracer
 
 SWEEP_EVERY_S = 60.0
 EXPIRE_EVERY_S = 900.0
@@ -80,6 +81,7 @@ class Standing:
     spools: SpoolFolder
     studio: PillowStudio
     uptime: KeepUptime
+    tracer: Tracer | None
     leaving: Leaving
     fleet: RedisFleet | None
 
@@ -146,7 +148,11 @@ def build_standing(
     process_id = f"{socket.gethostname()}-{os.getpid()}-{chance.token(HEX, 8)}"
     metrics.watch("log_lines_dropped", lambda: log.dropped_lines)
     uptime = KeepUptime(books.uptime, clock)
-    events = FanOut((metrics.on_event, log.on_event, uptime.on_event), log.on_crash)
+    tracer = _tracer(settings, clock)
+    listeners = [metrics.on_event, log.on_event, uptime.on_event]
+    if tracer is not None:
+        listeners.append(tracer.on_event)
+    events = FanOut(tuple(listeners), log.on_crash)
     fleet = _fleet(settings, process_id, clock, events, log)
     board = MemoryBoard(clock, chance, events, slots={}, fleet=fleet or Alone())
     shelves = books.shelves(events.emit)
@@ -177,9 +183,24 @@ def build_standing(
         spools=spools,
         studio=PillowStudio(spools),
         uptime=uptime,
+        tracer=tracer,
         leaving=Leaving(clock.monotonic_ms),
         fleet=fleet,
     )
+
+
+def _tracer(settings: Settings, clock: Clock) -> Tracer | None:
+    if not settings.tracing.endpoint:
+        return None
+    try:
+        from gateway.adapters.tracing import Tracer, collector  # noqa: PLC0415 - only where it is asked for
+    except ImportError as error:
+        raise StartError(
+            "tracing.endpoint: tracing is an extra: install imageway[tracing], or "
+            "leave it empty."
+        ) from error
+    sender = collector(settings.tracing.endpoint)
+    return Tracer(sender, clock, settings.tracing.one_in)
 
 
 def _fleet(

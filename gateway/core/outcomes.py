@@ -27,3 +27,4 @@ class RequestOutcome(Enum):
 
 SERVED = frozenset({RequestOutcome.SUCCESS, RequestOutcome.REFUSED})
 EXCLUDED = frozenset({RequestOutcome.CLIENT_ERROR, RequestOutcome.CANCELLED})
+FAILED = frozenset(RequestOutcome) - SERVED - EXCLUDED

@@ -604,7 +604,7 @@ class Generate:
                     purchase and purchase.lots and purchase.failures
                 ),
                 images=len(end.results),
-                duration_ms=max(0, end.finished_ms - accepted.task.created_ms),
+                duration_ms=max(0, self.clock.now_ms() - accepted.task.created_ms),
                 charged_nanocredits=settled.charged,
                 absorbed_nanocredits=settled.absorbed,
                 usage=end.usage,

@@ -87,6 +87,7 @@ def prometheus(folder: Path, target: str) -> Iterator[str]:
                 f"--storage.tsdb.path={folder}/tsdb",
                 f"--web.listen-address=127.0.0.1:{port}",
                 "--log.level=warn",
+                "--enable-feature=exemplar-storage",
             ],
             stdout=log,
             stderr=log,
@@ -176,6 +177,26 @@ def test_a_failing_model_reaches_the_pager_and_every_panel_has_data(
     assert before == set()
     assert len(panels()) > 50
     assert empty == []
+
+
+def test_an_exemplar_leads_to_the_lines_of_its_task(watched: Watched) -> None:
+    with watched.gateway.client(watched.gateway.first_key) as client:
+        for name in UPSTREAMS:
+            watched.gateway.sandbox(name, failure_rate=0)
+        client.post("/v1/images/generations", json=BODY)
+
+    found = watched.ask(
+        "query_exemplars",
+        query="imageway_request_duration_seconds_bucket",
+        start=str(time.time() - 120),
+        end=str(time.time()),
+    )
+    traces = {e["labels"]["trace_id"] for each in found for e in each["exemplars"]}
+
+    lines = [json.loads(line) for line in watched.gateway.logs]
+    told = {line["trace_id"] for line in lines if line["event"] == "task"}
+    assert traces
+    assert traces <= told
 
 
 def test_every_rule_was_evaluated_without_an_error(watched: Watched) -> None:
