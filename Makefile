@@ -56,6 +56,7 @@ bench: setup-dev ## Measure speed and memory; prints figures
 	$(BIN)/python -m bench.overload
 	$(BIN)/python -m bench.shared_state
 	$(BIN)/python -m bench.speed
+	$(BIN)/python -m bench.telemetry
 
 dashboards: setup-dev ## Write the dashboards of grafana/build.py
 	$(BIN)/python -m grafana.build

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, MutableMapping
+from functools import lru_cache
 from typing import Any, TextIO, cast
 
 import msgspec
@@ -192,12 +193,17 @@ def _scrub(
     fields: MutableMapping[str, Any],
 ) -> Mapping[str, Any]:
     for name, value in fields.items():
-        if _SECRET_NAME.fullmatch(name):
+        if _names_a_secret(name):
             fields[name] = "[secret]"
         elif isinstance(value, str):
             whole = name == "exception"
             fields[name] = _SECRET.sub("[secret]", value) if whole else scrubbed(value)
     return fields
+
+
+@lru_cache(maxsize=512)
+def _names_a_secret(name: str) -> bool:
+    return _SECRET_NAME.fullmatch(name) is not None
 
 
 def _ordered(
