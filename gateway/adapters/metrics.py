@@ -399,8 +399,9 @@ class Metrics:
 
     def _preset_offer(self, offer: Offer) -> None:
         upstream, variant = offer.upstream, offer.variant
-        self._upstreams.add(upstream)
-        self._gauges["upstream_up"].labels(upstream).set(1)
+        if upstream not in self._upstreams:
+            self._upstreams.add(upstream)
+            self._gauges["upstream_up"].labels(upstream).set(1)
         self._gauges["upstream_drained"].labels(upstream)
         for result in RESULTS:
             self._counters["upstream_attempts"](upstream, variant, result)

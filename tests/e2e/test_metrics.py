@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import shutil
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from gateway.core.outcomes import RequestOutcome
 from tests.inside import ADMIN, Inside, inside
+from tests.servers import program
 
 UPSTREAMS = ("sandbox-thrifty", "sandbox-fair", "sandbox-dear")
 REQUESTS = "imageway_requests_total"
@@ -214,7 +214,6 @@ async def test_everything_configured_is_there_from_the_start_at_zero(
     )
 
 
-@pytest.mark.skipif(not shutil.which("promtool"), reason="there is no promtool")
 async def test_promtool_has_nothing_to_say_of_them(there: Inside) -> None:
     await there.ask()
     text = (await there.client.get("/metrics")).content
@@ -223,7 +222,7 @@ async def test_promtool_has_nothing_to_say_of_them(there: Inside) -> None:
 
 
 def checked(text: bytes) -> tuple[int, bytes, bytes]:
-    command = ["promtool", "check", "metrics"]
+    command = [program("promtool"), "check", "metrics"]
     done = subprocess.run(command, input=text, capture_output=True, check=False)
     return done.returncode, done.stdout, done.stderr
 
