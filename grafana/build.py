@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from grafana_foundation_sdk.builders import common, dashboard, prometheus
@@ -610,10 +611,12 @@ def text_of(board: Board) -> str:
             .keep_time(True)
         )
     )
+    ids = count(1)
     for title, panels in board.rows:
-        made = made.with_row(dashboard.Row(title))
+        made = made.with_row(dashboard.Row(title).id(next(ids)))
         for panel in panels:
-            made = made.with_panel(_number(panel) if panel.steps else _graph(panel))
+            drawn = _number(panel) if panel.steps else _graph(panel)
+            made = made.with_panel(drawn.id(next(ids)))
     return JSONEncoder(sort_keys=True, indent=2).encode(made.build()) + "\n"
 
 
@@ -671,6 +674,7 @@ def _number(panel: Panel) -> stats.Panel:
         .span(panel.width)
         .height(5)
         .color_mode(BigValueColorMode.BACKGROUND)
+        .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
         .thresholds(
             dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps)
         )
