@@ -227,6 +227,7 @@ def checked(text: bytes) -> tuple[int, bytes, bytes]:
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.timeout(300)  # ten thousand requests, beside whatever else runs
 async def test_whatever_is_asked_by_whomever_there_are_only_so_many(
     there: Inside,
 ) -> None:
