@@ -8,11 +8,11 @@ HOST ?= 127.0.0.1
 PORT ?= 8080
 DATA_DIR ?= data
 CLIENTS := tests/clients
-SOURCES := gateway providers tests bench
+SOURCES := gateway providers tests bench grafana
 # What plays the books at their whole size with --whole.
 BOOKS := tests/contract/test_ledger.py::test_the_books_are_as_the_rules_say tests/flows/test_month.py
 
-.PHONY: help setup setup-dev engines serve test chaos check format bench simulate simulators lock clean
+.PHONY: help setup setup-dev engines serve test chaos check format bench dashboards simulate simulators lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -30,13 +30,17 @@ test: setup-dev engines $(CLIENTS)/node_modules/.done ## Run every test
 chaos: setup-dev ## Kill workers, ask for too much, play the books for an hour, and see that nothing is lost
 	$(BIN)/python -m pytest -q -s --whole -o timeout=1200 tests/chaos $(BOOKS) $(ARGS)
 
-check: setup-dev ## Format, lint, types, import contracts, configuration, image, compose
+check: setup-dev ## Format, lint, types, import contracts, configuration, rules, image, compose
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/imageway check
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+	$(BIN)/python -m grafana.build --check
+	@if command -v promtool >/dev/null; then \
+	  promtool check config grafana/prometheus.yaml && promtool test rules grafana/rules/tests/*.yaml; \
+	else echo "grafana/rules: not tested, there is no promtool (Debian: apt-get install prometheus)" >&2; fi
 	@if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint --failure-threshold style Dockerfile && echo "Dockerfile: ok"; \
 	else echo "Dockerfile: not linted, there is no hadolint for this machine" >&2; fi
 
@@ -56,6 +60,10 @@ bench: setup-dev ## Measure speed and memory; prints figures
 	$(BIN)/python -m bench.overload
 	$(BIN)/python -m bench.shared_state
 	$(BIN)/python -m bench.speed
+	$(BIN)/python -m bench.telemetry
+
+dashboards: setup-dev ## Write the dashboards of grafana/build.py
+	$(BIN)/python -m grafana.build
 
 simulate: setup-dev ## Simulate years of outages; prints availability, cost and more
 	$(BIN)/python -m bench.simulation
@@ -91,9 +99,9 @@ $(VENV)/.dev: requirements/dev.txt $(VENV)/.run
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	@touch $@
 
-# PostgreSQL and Redis, which tests start for themselves. Without them their tests are
-# skipped, but not in CI. Nothing is left running: Debian would start both at once.
-ENGINES := $(shell command -v redis-server >/dev/null || echo redis-server; ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || command -v postgres >/dev/null || echo postgresql)
+# PostgreSQL, Redis and Prometheus, which tests start for themselves. Without them their
+# tests are skipped, but not in CI. Nothing is left running: Debian would start all at once.
+ENGINES := $(shell command -v redis-server >/dev/null || echo redis-server; command -v promtool >/dev/null || echo prometheus; ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || command -v postgres >/dev/null || echo postgresql)
 engines:
 ifneq ($(ENGINES),)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \

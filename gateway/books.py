@@ -18,6 +18,7 @@ from gateway.adapters.blobs import DiskBlobs
 from gateway.adapters.clock import SystemChance, SystemClock
 from gateway.adapters.data_dir import DataDir, DataDirError, Seat
 from gateway.adapters.sql.accounts import SqlAccounts
+from gateway.adapters.sql.backlog import SqlBacklog
 from gateway.adapters.sql.database import Database
 from gateway.adapters.sql.deliveries import SqlOutbox
 from gateway.adapters.sql.drains import SqlDrains
@@ -31,6 +32,7 @@ from gateway.adapters.sql.reports import SqlReports
 from gateway.adapters.sql.sqlite import SqliteDatabase
 from gateway.adapters.sql.tasks import SqlTaskStore
 from gateway.adapters.sql.tenants import SqlTenants
+from gateway.adapters.sql.uptime import SqlUptime
 from gateway.core.catalogue import Catalogue
 from gateway.core.errors import GatewayError, upstream_not_found
 from gateway.core.events import Event
@@ -92,6 +94,8 @@ class Books:
     tasks: SqlTaskStore
     queue: SqlQueue
     files: SqlFiles
+    backlog: SqlBacklog
+    uptime: SqlUptime
     outbox: SqlOutbox
     drains: SqlDrains
     reloads: SqlReloads
@@ -312,6 +316,8 @@ async def open_books(
             tasks=SqlTaskStore(database),
             queue=SqlQueue(database),
             files=SqlFiles(database),
+            backlog=SqlBacklog(database),
+            uptime=SqlUptime(database),
             outbox=outbox,
             drains=SqlDrains(database),
             reloads=SqlReloads(database),

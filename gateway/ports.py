@@ -19,6 +19,7 @@ from gateway.core.routing import NO_PREFERENCES, Preferences
 from gateway.core.statements import Cursor, Span, moment_or_none
 from gateway.core.tasks import AttemptState, DeliveryMode, TaskState
 from gateway.core.terms import USUAL, Terms, card_facts, multiplier_text
+from gateway.core.uptime import Slot
 from gateway.core.webhooks import Answer, Delivery, Places, SigningKey
 from providers.kit.contract import (
     Billed,
@@ -302,7 +303,7 @@ class Claimed:
 
     Writes carry ``fence``: once somebody else has claimed the task, they are refused.
     ``takeovers`` counts how often a lease ended before its task. ``cancelled``: its
-    owner has cancelled it meanwhile.
+    owner has cancelled it meanwhile. ``expired``: nobody let go of it, its lease ended.
     """
 
     record: TaskRecord
@@ -310,6 +311,17 @@ class Claimed:
     fence: int
     takeovers: int
     cancelled: bool = False
+    expired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What is open, by the books. ``oldest_queued_ms`` is when the task was made."""
+
+    pending: int
+    processing: int
+    oldest_queued_ms: int | None
+    held_nanocredits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -1464,6 +1476,30 @@ class FileStore(Protocol):
 
     async def expired_files(self, *, now_ms: int, limit: int) -> Sequence[StoredFile]:
         """List files whose time is over."""
+        ...
+
+
+class UptimeBook(Protocol):
+    """Counts of what was served and failed, by five minutes and by day (UTC)."""
+
+    async def add(self, slots: Iterable[Slot]) -> None:
+        """Add counts to those of their slots, and of the days of these."""
+        ...
+
+    async def slots(self, since_ms: int) -> Sequence[Slot]:
+        """Return the slots that began at a moment or later."""
+        ...
+
+    async def days(self, since_ms: int) -> Sequence[Slot]:
+        """Return the days that began at a moment or later."""
+        ...
+
+    async def troubled(self, since_ms: int, limit: int) -> Sequence[Slot]:
+        """Return the latest slots whose count is ``troubled``."""
+        ...
+
+    async def forget(self, before_ms: int) -> int:
+        """Forget what began before a moment; returns how many rows that were."""
         ...
 
 

@@ -82,6 +82,8 @@ _TOML_LINE = re.compile(
 )
 
 
+LOG_LEVELS = ("info", "warning", "error")
+
 # --- what comes out ---
 
 
@@ -121,6 +123,15 @@ class Storage:
     redis: str = field(repr=False)
     results: ObjectStore | None
     """Where pictures are kept; None: in the data folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tracing:
+    """Where spans are sent. ``endpoint`` empty: nowhere, and nothing is loaded."""
+
+    endpoint: str = ""
+    one_in: int = 1
+    """Of so many tasks and requests one is traced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +234,8 @@ class Settings:
     webhooks: WebhookSettings
     nanocredits_per_usd: int
     tenants_may_choose: bool
+    log_level: str
+    tracing: Tracing
     variants: Mapping[str, Variant]
     cards: Mapping[str, Mapping[str, PriceCard]]
     """Price cards by name, by the variant that they are of."""
@@ -483,6 +496,34 @@ GATEWAY_KEYS: tuple[Key, ...] = (
                 "Secret of the store's credential; unset: as the platform has it.",
                 "",
             ),
+        ),
+    ),
+    Key(
+        "log",
+        Kind.TABLE,
+        "What is written to stderr.",
+        keys=(
+            Key(
+                "level",
+                Kind.TEXT,
+                "The least that a line must be to be written.",
+                "info",
+                choices=LOG_LEVELS,
+            ),
+        ),
+    ),
+    Key(
+        "tracing",
+        Kind.TABLE,
+        "Where spans of requests and calls are sent.",
+        keys=(
+            Key(
+                "endpoint",
+                Kind.HTTP_URL,
+                "An OTLP/HTTP collector's URL for traces; empty: tracing is off.",
+                "",
+            ),
+            Key("one_in", Kind.INTEGER, "One of so many is traced.", 1, low=1),
         ),
     ),
     Key(
@@ -1285,6 +1326,8 @@ def _settings(
         webhooks=webhooks,
         nanocredits_per_usd=values["credits"]["per_usd"],
         tenants_may_choose=values["routing"]["tenants_may_choose"],
+        log_level=values["log"]["level"],
+        tracing=Tracing(**values["tracing"]),
         variants=variants or {},
         cards=cards,
         upstreams=upstreams,

@@ -15,6 +15,7 @@ from gateway.core.errors import (
     InvalidRequestError,
     ServiceUnavailableError,
 )
+from gateway.core.events import LeaseExpired
 from gateway.core.orders import request_from
 from gateway.core.tasks import (
     TAKEOVERS_MAX,
@@ -273,6 +274,9 @@ class Worker:
 
     def _start(self, claimed: Claimed) -> None:
         task_id = claimed.record.id
+        if claimed.expired:
+            lost = LeaseExpired(task_id, claimed.record.variant, claimed.takeovers)
+            self.generate.events.emit(lost)
         work = asyncio.create_task(self.carry(claimed))
         self._running[task_id] = _Held(work, claimed.record.variant, claimed.fence)
 
@@ -384,6 +388,7 @@ class Worker:
             fence=claimed.fence,
             history=record.attempts,
             buys=is_async,
+            since_mono_ms=self.clock.monotonic_ms(),
         )
 
     async def _kept_alive(

@@ -29,6 +29,11 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 START_MAX_S = 60
+PACKAGES = {
+    "redis-server": "redis-server",
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
+}
 USER = "imageway"
 PASSWORD = "test-only"
 STOP = ("stop", "-m", "immediate", "-w")
@@ -52,10 +57,10 @@ def program(name: str) -> str:
     """Find an engine's program; without it a test is skipped, in CI it fails."""
     found = installed(name)
     if found is None:
-        package = "redis-server" if name.startswith("redis") else "postgresql"
+        package = PACKAGES.get(name, "postgresql")
         message = (
             f"{name} is not installed. make test installs it where it may; elsewhere "
-            f"install PostgreSQL and Redis (Debian: apt-get install {package})"
+            f"install it by hand (Debian: apt-get install {package})"
         )
         if os.environ.get("CI"):
             pytest.fail(message)

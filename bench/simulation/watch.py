@@ -9,7 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench.simulation.weather import Outage
-from gateway.core.events import AttemptFinished, BreakerChanged, Event, TaskFinished
+from gateway.core.events import (
+    AttemptFinished,
+    BreakerChanged,
+    Event,
+    FellOver,
+    TaskFinished,
+)
 from gateway.ports import Clock
 from providers.kit.contract import FailureKind
 
@@ -36,6 +42,8 @@ class Log:
 
     def emit(self, event: Event) -> None:
         """Take an event. The line of it is what must be the same in every run."""
+        if isinstance(event, FellOver):
+            return  # the attempts tell it too
         now_ms = self._clock.monotonic_ms()
         if isinstance(event, AttemptFinished):
             line = (

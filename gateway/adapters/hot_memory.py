@@ -84,6 +84,7 @@ class _Route:
 
     name: str
     offer_id: str
+    operation: Operation
     credential: _Credential
     record: Record = field(default_factory=Record)
     flights: dict[int, Flight] = field(default_factory=dict)
@@ -419,7 +420,7 @@ class MemoryBoard:
             shown = replace(shown, reason="a probe is under way")
         if state is not route.shown:
             route.shown = state
-            self._tell(route.offer_id, state, shown.reason)
+            self._tell(route, state, shown.reason)
         return Health(
             state=state,
             reason=shown.reason,
@@ -445,16 +446,18 @@ class MemoryBoard:
                 self._to_tell(route.name, route)
         return record
 
-    def _tell(self, offer_id: str, state: BreakerState, reason: str) -> None:
-        upstream = offer_id.partition("/")[0]
-        self.events.emit(BreakerChanged(offer_id, upstream, state.value, reason))
+    def _tell(self, route: _Route, state: BreakerState, reason: str) -> None:
+        upstream, operation = route.offer_id.partition("/")[0], route.operation.value
+        self.events.emit(
+            BreakerChanged(route.offer_id, upstream, operation, state.value, reason)
+        )
 
     def _route(self, offer_id: str, operation: Operation) -> _Route:
         found = self._routes.get((offer_id, operation))
         if found is None:
             credential = self._credential(offer_id.partition("/")[0])
             name = fleet.route_name(offer_id, operation)
-            found = _Route(name, offer_id, credential)
+            found = _Route(name, offer_id, operation, credential)
             self._routes[offer_id, operation] = found
         return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, MutableMapping
+from functools import lru_cache
 from typing import Any, TextIO, cast
 
 import msgspec
@@ -20,8 +21,10 @@ from gateway.core.events import (
     BreakerChanged,
     ConfigRead,
     Event,
+    FellOver,
     HoldRefused,
     Journaled,
+    LeaseExpired,
     PressureChanged,
     RequestFinished,
     RequestShed,
@@ -31,17 +34,26 @@ from gateway.core.events import (
     UpstreamChanged,
     WebhookTried,
 )
+from gateway.core.outcomes import FAILED, RequestOutcome
+from gateway.core.traces import trace_id_of
 
 TEXT_MAX_CHARS = 500
+LEVELS = ("info", "warning", "error")
+_EXPECTED = frozenset({"done", "invalid_request", "content_policy", "cancelled"})
 _SECRET = re.compile(
     r"(iwk_live_[0-9A-Za-z]{2})[0-9A-Za-z]+|\bsk-[\w-]{8,}|(?i:bearer)\s+\S+"
     r"|eyJ[\w-]+\.[\w-]+\.[\w-]*|data:[^,\s]{0,64},[A-Za-z0-9+/=]{64,}"
     r"|(?<=signature=)[\w-]+|whsec_[\w+/=]+"
 )
-_NAMES = {
+_SECRET_NAME = re.compile(
+    r"prompt|authorization|password|(\w+_)?(secret|token|api_key|credential)"
+)
+NAMES = {
     RequestFinished: "request",
     AttemptFinished: "attempt",
     TaskFinished: "task",
+    FellOver: "fallback",
+    LeaseExpired: "lease_expired",
     BreakerChanged: "breaker",
     UpstreamChanged: "upstream",
     HoldRefused: "hold_refused",
@@ -58,6 +70,9 @@ _NAMES = {
 class LogListener:
     """Writes events as lines. A sink that fails costs lines, never a request."""
 
+    level: str = "info"
+    """The least that a line must be to be written; may be changed at any time."""
+
     def __init__(self, out: TextIO = sys.stderr) -> None:
         self._out = _Unfailing(out)
         self._log = make_logger(self._out)
@@ -69,9 +84,15 @@ class LogListener:
 
     def on_event(self, event: Event) -> None:
         """Write one event."""
+        level = level_of(event)
+        if LEVELS.index(level) < LEVELS.index(self.level):
+            return
         told = ((name, getattr(event, name)) for name in event.__slots__)
         fields = {name: value for name, value in told if value is not None}
-        self._log.info(_NAMES[type(event)], **fields)
+        task_id = fields.get("task_id")
+        if isinstance(task_id, str):
+            fields["trace_id"] = trace_id_of(task_id)
+        getattr(self._log, level)(NAMES[type(event)], **fields)
 
     def on_crash(self, error: BaseException, where: str) -> None:
         """Write down an error; with its traceback, unless it was foreseen."""
@@ -79,13 +100,47 @@ class LogListener:
             # Comes from every loop, each second, while the database is away.
             cause = error.__cause__ or error
             reason = f"{type(cause).__name__} {cause}".strip()
-            self._log.warning("unavailable", where=where, reason=reason)
+            if self.level != "error":
+                self._log.warning("unavailable", where=where, reason=reason)
             return
         self._log.error("crash", where=where, exc_info=error)
 
     def note(self, what: str, **fields: object) -> None:
         """Write a line about the process itself."""
-        self._log.info(what, **fields)
+        if self.level == "info":
+            self._log.info(what, **fields)
+
+
+def level_of(event: Event) -> str:
+    """Tell how much an event matters: info, warning or error."""
+    match event:
+        case RequestFinished(status=status):
+            matters = status >= 500  # noqa: PLR2004
+        case AttemptFinished(outcome=outcome):
+            matters = outcome not in _EXPECTED
+        case TaskFinished(outcome=outcome):
+            matters = RequestOutcome(outcome) in FAILED
+        case (
+            ConfigRead(outcome="refused")
+            | StoreChanged(state="away")
+            | Journaled(outcome="too_late")
+        ):
+            return "error"
+        case _:
+            matters = _is_trouble(event)
+    return "warning" if matters else "info"
+
+
+def _is_trouble(event: Event) -> bool:
+    match event:
+        case BreakerChanged(state="open") | WebhookTried(outcome="failed"):
+            return True
+        case PressureChanged(on=True) | SharedStateChanged(degraded=True):
+            return True
+        case FellOver() | LeaseExpired() | RequestShed():
+            return True
+        case _:
+            return False
 
 
 class _Unfailing:
@@ -138,10 +193,17 @@ def _scrub(
     fields: MutableMapping[str, Any],
 ) -> Mapping[str, Any]:
     for name, value in fields.items():
-        if isinstance(value, str):
+        if _names_a_secret(name):
+            fields[name] = "[secret]"
+        elif isinstance(value, str):
             whole = name == "exception"
             fields[name] = _SECRET.sub("[secret]", value) if whole else scrubbed(value)
     return fields
+
+
+@lru_cache(maxsize=512)
+def _names_a_secret(name: str) -> bool:
+    return _SECRET_NAME.fullmatch(name) is not None
 
 
 def _ordered(

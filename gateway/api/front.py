@@ -16,7 +16,7 @@ from gateway.api.errors import internal_error, render_error
 from gateway.api.http import NOTE, RequestNote, header_list, send_answer
 from gateway.core.addresses import Network, client_address
 from gateway.core.errors import GatewayError
-from gateway.core.events import RequestFinished
+from gateway.core.events import Asked, RequestFinished
 from gateway.ports import Chance, Clock, Events
 
 ID_ALPHABET = "0123456789abcdef"
@@ -80,6 +80,9 @@ class Front:
             await _refuse(answer, internal_error(), note, scope["path"])
 
     def _tell(self, scope: Scope, note: RequestNote, status: int) -> None:
+        asked = None
+        if note.operation is not None and note.outcome is not None:
+            asked = Asked(note.operation, note.mode, note.variant)
         template = cast("dict[str, object]", scope).get("path_template")
         self.events.emit(
             RequestFinished(
@@ -93,6 +96,8 @@ class Front:
                 tenant_id=note.tenant_id,
                 key_id=note.key_id,
                 client_gone=note.client_gone,
+                asked=asked,
+                outcome=note.outcome.value if asked and note.outcome else None,
             )
         )
 
@@ -100,7 +105,7 @@ class Front:
 async def _refuse(
     answer: _Answer, error: GatewayError, note: RequestNote, path: str
 ) -> None:
-    note.error_code = error.code
+    note.refused(error)
     if answer.started:
         raise error  # half an answer is out: only a broken connection tells the truth
     rendered = render_error(error, note.id, path)

@@ -8,6 +8,8 @@ import msgspec
 from litestar import Response, get
 from litestar.handlers import HTTPRouteHandler
 
+from gateway.api.http import AnyRequest
+
 Checks = Mapping[str, Callable[[], Awaitable[str | None]]]
 """Each tells what is wrong with its part, or None."""
 
@@ -15,12 +17,13 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>imageway</title>
 <body style="font:16px/1.5 system-ui;max-width:42rem;margin:4rem auto;padding:0 1rem">
 <h1>imageway</h1><p>The gateway runs. Point your OpenAI client at this address:
 <p><code>base_url = "http://&lt;this host&gt;/v1"</code>
-<p><a href="/health/ready">readiness</a> · <a href="/metrics">metrics</a></body>
+<p><a href="/health/ready">readiness</a> · <a href="/status">status</a>
+· <a href="/metrics">metrics</a></body>
 """
 
 
 def health_routes(
-    checks: Checks, metrics: Callable[[], Awaitable[tuple[bytes, str]]]
+    checks: Checks, metrics: Callable[[str], Awaitable[tuple[bytes, str]]]
 ) -> list[HTTPRouteHandler]:
     """Route what operators look at."""
 
@@ -41,9 +44,9 @@ def health_routes(
         return _json(body, 503 if wrong else 200)
 
     @get("/metrics")
-    async def show_metrics() -> Response[bytes]:
-        """Show the metrics in Prometheus' text format."""
-        body, media_type = await metrics()
+    async def show_metrics(request: AnyRequest) -> Response[bytes]:
+        """Show the metrics in Prometheus' text format, or in OpenMetrics."""
+        body, media_type = await metrics(request.headers.get("accept", ""))
         return Response(body, media_type=media_type)
 
     @get("/", media_type="text/html")

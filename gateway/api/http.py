@@ -18,6 +18,7 @@ from gateway.core.errors import (
     InvalidRequestError,
     TooLargeError,
 )
+from gateway.core.outcomes import RequestOutcome
 
 JSON_BODY_MAX_BYTES = 1024 * 1024
 DRAIN_MAX_BYTES = 64 * 1024 * 1024
@@ -48,7 +49,17 @@ class RequestNote:
     client_gone: bool = False
     address: str = ""
     """Where the request comes from."""
+    operation: str | None = None
+    """Of a request for pictures, until it has come to a task: that tells of its end."""
+    variant: str | None = None
+    mode: str = "sync"
+    outcome: RequestOutcome | None = None
     headers: dict[str, str] = field(default_factory=dict)
+
+    def refused(self, error: GatewayError) -> None:
+        """Note that an error is the answer."""
+        self.error_code, self.outcome = error.code, error.counts_as
+        self.client_gone = self.client_gone or isinstance(error, ClientGoneError)
 
 
 def note_of(scope: Scope) -> RequestNote:
@@ -249,6 +260,7 @@ class ClientGoneError(GatewayError):
     status = 499
     type = "invalid_request_error"
     code = "client_closed_request"
+    outcome = RequestOutcome.CANCELLED
 
     def __init__(self) -> None:
         super().__init__("The client closed the connection.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -153,10 +153,12 @@ class Images:
 
     async def generations(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request of the generation route."""
+        note_of(scope).operation = Operation.GENERATE.value
         key = await self._key(scope)
         await self._check_large(scope, key, Operation.GENERATE)
         body = await read_lifted(receive, self.spools)
         try:
+            self._note_variant(scope, body.json)
             request = parse_generation(body.json, self.catalogue)
             work = await self._start(scope, key, Asked(request, body.spools))
         finally:
@@ -165,6 +167,7 @@ class Images:
 
     async def edits(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request of the edit route: a form, or JSON."""
+        note_of(scope).operation = Operation.EDIT.value
         key = await self._key(scope)
         if await self.storage_trouble() is not None:
             raise storage_full()  # before 800 MB are taken in
@@ -201,6 +204,7 @@ class Images:
             form = await read_form(receive, boundary, self.spools, FORM_LIMITS)
             work = None
             try:
+                self._note_variant(scope, form.texts)
                 work = await self._start(scope, key, _from_form(form, self.catalogue))
             finally:
                 if work is None or not work.has_files:
@@ -213,10 +217,17 @@ class Images:
             )
         body = await read_lifted(receive, self.spools)
         try:
+            self._note_variant(scope, body.json)
             request = parse_edit(body.json, self.catalogue)
             return await self._start(scope, key, Asked(request, body.spools))
         finally:
             body.close()
+
+    def _note_variant(self, scope: Scope, body: object) -> None:
+        # Before anything of it is checked: refusals are counted by it too.
+        named = body.get("model") if isinstance(body, Mapping) else None
+        found = self.catalogue.variant(named) if isinstance(named, str) else None
+        note_of(scope).variant = found.name if found is not None else None
 
     async def _start(self, scope: Scope, key: Key, asked: Asked) -> Work:
         note = note_of(scope)
@@ -241,7 +252,8 @@ class Images:
         if ignored:
             note.headers[IGNORED_PARAMS] = ", ".join(ignored)
         delivery = delivery_of(header_list(scope, "prefer"), request, key.delivery)
-        note.headers["x-gateway-mode"] = delivery.mode.value
+        note.headers["x-gateway-mode"] = note.mode = delivery.mode.value
+        note.operation, note.variant = request.operation.value, request.variant.name
         once = await _once(scope, asked)
         repeated = await self.replay.find(once, key)
         if repeated is not None:
@@ -296,6 +308,7 @@ class Images:
             inputs.close()
             self.admission.line.leave(place)
             return self._joined(note, key, ask, accepted.task_id)
+        note.operation = None
         return self._started(replace(accepted, place=place), ask)
 
     async def _enqueued(
@@ -331,6 +344,7 @@ class Images:
 
     def _queued(self, note: RequestNote, key: Key, ask: Ask, task_id: str) -> Work:
         # An async task: answered with itself, or within the time that was preferred.
+        note.operation = None
         if ask.delivery.wait_s is None:
             read = self.replay.read(task_id, key)
             return Work(asyncio.ensure_future(read), as_links=True, kept=True)
@@ -342,7 +356,7 @@ class Images:
         return Work(asyncio.ensure_future(joined), as_links=as_links, kept=True)
 
     def _joined(self, note: RequestNote, key: Key, ask: Ask, task_id: str) -> Work:
-        note.task_id = task_id
+        note.task_id, note.operation = task_id, None
         note.headers["idempotency-replayed"] = "true"
         if ask.delivery.mode is DeliveryMode.ASYNC:
             return self._queued(note, key, ask, task_id)

@@ -59,7 +59,36 @@ def upstream_routes(gate: AdminGate, upstreams: Upstreams) -> list[HTTPRouteHand
             )
         return _json(_upstream(await changes[change](name)))
 
-    return [list_upstreams, get_upstream, change_upstream]
+    @get("/health/upstreams")
+    async def health(request: AnyRequest) -> Response[bytes]:
+        """Tell whether each upstream can be called; 503 where none can."""
+        gate.check(request.headers.get("authorization"))
+        views = await upstreams.views()
+        usable = [view.up and view.drained_since_ms is None for view in views]
+        body: dict[str, object] = {
+            "status": "ok" if all(usable) else "degraded" if any(usable) else "down",
+            "upstreams": {view.name: _health(view) for view in views},
+        }
+        return Response(
+            msgspec.json.encode(body),
+            status_code=200 if any(usable) else 503,
+            media_type="application/json",
+        )
+
+    return [list_upstreams, get_upstream, change_upstream, health]
+
+
+def _health(view: UpstreamView) -> dict[str, object]:
+    account, routes = view.account, view.account.routes
+    reasons = [account.reason, *(route.health.reason for route in routes)]
+    return {
+        "up": view.up,
+        "drained": view.drained_since_ms is not None,
+        "account": account.state.value,
+        "circuits_open": sum(not route.health.callable for route in routes),
+        "circuits": len(routes),
+        "reason": None if view.up else next(filter(None, reasons), None),
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,13 +25,14 @@ from gateway.api.errors import internal_error, render_error
 from gateway.api.estimate import estimate_routes
 from gateway.api.files import FileApi, file_routes
 from gateway.api.health import health_routes
-from gateway.api.http import AnyRequest, ClientGoneError, note_of
+from gateway.api.http import AnyRequest, note_of
 from gateway.api.images import Images, image_routes
 from gateway.api.keys import KeyAdmin, key_routes
 from gateway.api.links import Links, OpenLinks, link_routes
 from gateway.api.models import model_routes
 from gateway.api.reload import Reload, reload_routes
 from gateway.api.render import Renderer
+from gateway.api.status import status_routes
 from gateway.api.tasks import task_routes
 from gateway.api.tenants import WHO, TenantsApi, tenant_routes
 from gateway.api.upstreams import Explain, explain_routes, upstream_routes
@@ -56,6 +57,7 @@ from gateway.flows.inputs import LoadInputs
 from gateway.flows.replay import Replay
 from gateway.flows.tasks import ManageTasks
 from gateway.flows.upstreams import Upstreams
+from gateway.flows.uptime import ReadUptime
 from gateway.ports import Fetcher, Sender, Tunable
 from gateway.settings import Settings, load_settings
 from gateway.workers import TaskRunner, Worker
@@ -295,7 +297,7 @@ def build_edition(
                 authenticate,
                 gate,
                 read_task,
-                ManageTasks(books.queue, read_task, clock),
+                ManageTasks(books.queue, read_task, clock, events),
                 links,
                 renderer,
             ),
@@ -333,6 +335,7 @@ def build_edition(
                 gate,
                 Explain(catalogue, books.accounts, upstreams, generate.check_route),
             ),
+            *status_routes(_read_uptime(settings, standing, catalogue), links.origin),
             *health_routes(
                 {
                     "process": standing.leaving.check,
@@ -357,6 +360,16 @@ def build_edition(
         outside=outside,
         render=rendered,
     )
+
+
+def _read_uptime(
+    settings: Settings, standing: Standing, catalogue: Catalogue
+) -> ReadUptime:
+    models = [name for name, offers in catalogue.offers.items() if offers]
+    upstreams: list[str] = []
+    if settings.tenants_may_choose:
+        upstreams = [upstream.name for upstream in settings.upstreams]
+    return ReadUptime(standing.books.uptime, standing.clock, models, upstreams)
 
 
 def _upstreams(
@@ -426,8 +439,7 @@ def routed(handlers: list[ControllerRouterHandler], log: LogListener) -> Litesta
 
     def refused(request: AnyRequest, error: GatewayError) -> Response[bytes]:
         note = note_of(request.scope)
-        note.error_code = error.code
-        note.client_gone = isinstance(error, ClientGoneError)
+        note.refused(error)
         rendered = render_error(error, note.id, request.scope["path"])
         return Response(
             rendered.body, status_code=rendered.status, headers=dict(rendered.headers)

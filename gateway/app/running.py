@@ -43,13 +43,14 @@ if TYPE_CHECKING:
 
 WEBHOOKS_EVERY_S = 1.0
 DRAINS_EVERY_S = 1.0
+UPSTREAMS_EVERY_S = 1.0
 STORE_EVERY_S = 5.0
 RETIRED_EVERY_S = 1.0
 RETIRED_MAX_EDITIONS = 8
 """Each keeps its connections until the last request by it has ended."""
 SWEEP_EVERY_S = 60.0
 ONLY_AT_START = ("host", "port", "secret")
-"""Of the section server; all of the section storage is."""
+"""Of the section server; all of the sections storage and tracing are."""
 LEAVING = "the process is about to stop"
 DERIVED = frozenset({"warnings", "files"})
 """What of the settings says nothing of its own."""
@@ -135,6 +136,8 @@ class Gateway:
         if late:
             standing.log.note("drain_timeout", tasks=late)
         await standing.tasks.replay()
+        with suppress(ServiceUnavailableError):
+            await standing.uptime.add()
         try:
             # Who leaves requests unfinished, or not booked, is found to be lost once it
             # is gone: they must not be closed by others while they may end here.
@@ -144,16 +147,18 @@ class Gateway:
             standing.log.on_crash(error, "leaving")
         for edition in editions:
             await edition.close()
+        if standing.tracer is not None:
+            await asyncio.to_thread(standing.tracer.close)
 
     def begin(self, edition: Edition) -> None:
         """Put an edition into use."""
         standing = self.standing
         self.edition = edition
+        standing.log.level = edition.settings.log_level
         settings, catalogue = edition.settings, edition.catalogue
         self._accounts = self._accounts | _accounts_of(settings)
         standing.board.refit({u.name: u.max_concurrent for u in settings.upstreams})
-        offers = [offer for each in catalogue.offers.values() for offer in each]
-        standing.metrics.known([o.id for o in offers], list(catalogue.variants))
+        standing.metrics.known(catalogue)
         standing.metrics.watch_waiting(
             catalogue.variants,
             self._waiting,
@@ -278,6 +283,11 @@ class Gateway:
         for each in self._retired:
             each.upstreams.follow(self.edition.upstreams)
 
+    async def _show_upstreams(self) -> None:
+        # Whoever looks also notices circuits that nobody asks of any more.
+        views = await self.edition.upstreams.views()
+        self.standing.metrics.show_upstreams({v.name: v.up for v in views})
+
     async def _watch_pressure(self) -> None:
         await self.edition.admission.watch()
 
@@ -295,6 +305,7 @@ class Gateway:
             "webhooks": (WEBHOOKS_EVERY_S, self.deliver),
             "journal": (REPLAY_EVERY_S, standing.tasks.replay),
             "drained upstreams": (DRAINS_EVERY_S, self._refresh_drains),
+            "how upstreams are": (UPSTREAMS_EVERY_S, self._show_upstreams),
             "pressure": (LAG_EVERY_MS / 1000, self._watch_pressure),
             "reloads": (LOOK_EVERY_S, self.reload.look),
             "configurations before": (RETIRED_EVERY_S, self._close_retired),
@@ -331,6 +342,7 @@ def _differing_accounts(
 def _only_at_start(before: Settings, after: Settings) -> list[str]:
     names = [("server", name) for name in ONLY_AT_START]
     names += [("storage", each.name) for each in fields(before.storage)]
+    names += [("tracing", each.name) for each in fields(before.tracing)]
     return [
         f"{section}.{name}"
         for section, name in names

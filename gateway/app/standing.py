@@ -8,6 +8,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from gateway.adapters.clock import SystemChance, SystemClock
@@ -23,6 +24,7 @@ from gateway.adapters.rates import MemoryRates
 from gateway.books import Books, Shelves, StartError
 from gateway.core.fleet import Notice, Topic
 from gateway.core.idempotency import KEY_KEPT_MS
+from gateway.core.uptime import DAY_MS, KEPT_DAYS
 from gateway.flows.files import Files
 from gateway.flows.inputs import KeptInputs
 from gateway.flows.journal import JournaledTasks
@@ -31,6 +33,7 @@ from gateway.flows.line import Line
 from gateway.flows.recovery import Recovery
 from gateway.flows.results import RESULT_KEPT_MS, Results
 from gateway.flows.tasks import ReadTask
+from gateway.flows.uptime import ADD_EVERY_S, KeepUptime
 from gateway.ports import Chance, Clock, Events, Rates
 from gateway.serving import Leaving
 from gateway.settings import Settings
@@ -38,6 +41,7 @@ from providers.kit.spool import SpoolFolder
 
 if TYPE_CHECKING:
     from gateway.adapters.hot_redis.fleet import RedisFleet
+    from gateway.adapters.tracing import Tracer
 
 SWEEP_EVERY_S = 60.0
 EXPIRE_EVERY_S = 900.0
@@ -46,6 +50,7 @@ GRANTS_EVERY_S = 10.0
 LOW_EVERY_S = 10.0
 TRIM_EVERY_S = 2.0
 SAMPLE_EVERY_S = 1.0
+BACKLOG_EVERY_S = 10.0
 TASK_KEPT_MS = 30 * 24 * 3600 * 1000
 FORGET_AT_ONCE = 200
 RESULT_GRACE_MS = 1_800_000
@@ -78,6 +83,8 @@ class Standing:
     kept_inputs: KeptInputs
     spools: SpoolFolder
     studio: PillowStudio
+    uptime: KeepUptime
+    tracer: Tracer | None
     leaving: Leaving
     fleet: RedisFleet | None
 
@@ -96,7 +103,7 @@ class Standing:
         """Audit the books, and show the drift."""
         report = await self.books.audit()
         drift = sum(abs(found.drift_nanocredits) for found in report.drifts)
-        self.metrics.drift.set(max(drift, len(report.drifts)))
+        self.metrics.show_drift(max(drift, len(report.drifts)))
 
     def chores(self) -> dict[str, Chore]:
         """Name each chore that keeps house, and how often it is done, in seconds."""
@@ -116,7 +123,18 @@ class Standing:
             "low balances": (LOW_EVERY_S, self.books.tenants.tell_low_balances),
             "free memory": (TRIM_EVERY_S, trimmed),
             "what others show": (SAMPLE_EVERY_S, self.metrics.sample),
+            "uptime": (ADD_EVERY_S, self.uptime.add),
+            "old uptime": (EXPIRE_EVERY_S, self._forget_uptime),
+            "open tasks": (BACKLOG_EVERY_S, self._show_backlog),
         }
+
+    async def _show_backlog(self) -> None:
+        backlog = await self.books.backlog.read()
+        self.metrics.show_backlog(backlog, self.clock.now_ms())
+
+    async def _forget_uptime(self) -> None:
+        kept_ms = (KEPT_DAYS + 1) * DAY_MS
+        await self.books.uptime.forget(self.clock.now_ms() - kept_ms)
 
     async def _expire(self) -> None:
         before_ms = self.clock.now_ms() - RESULT_KEPT_MS - RESULT_GRACE_MS
@@ -139,10 +157,15 @@ def build_standing(
     clock = clock or SystemClock()
     if books.data_dir.seat is not None:
         keep_by_seat(books.data_dir.seat.number)
-    chance, metrics = SystemChance(), Metrics()
+    chance, metrics = SystemChance(), Metrics(version("imageway"))
     process_id = f"{socket.gethostname()}-{os.getpid()}-{chance.token(HEX, 8)}"
-    metrics.watch_log(lambda: log.dropped_lines)
-    events = FanOut((metrics.on_event, log.on_event), log.on_crash)
+    metrics.watch("log_lines_dropped", lambda: log.dropped_lines)
+    uptime = KeepUptime(books.uptime, clock)
+    tracer = _tracer(settings, clock)
+    listeners = [metrics.on_event, log.on_event, uptime.on_event]
+    if tracer is not None:
+        listeners.append(tracer.on_event)
+    events = FanOut(tuple(listeners), log.on_crash)
     fleet = _fleet(settings, process_id, clock, events, log)
     board = MemoryBoard(clock, chance, events, slots={}, fleet=fleet or Alone())
     shelves = books.shelves(events.emit)
@@ -157,7 +180,7 @@ def build_standing(
     if fleet is not None:
         fleet.board = board
         fleet.heed[Topic.KEYS] = authenticate.forget
-        metrics.watch_fleet(lambda: board.processes)
+        metrics.watch("fleet_processes", lambda: board.processes)
     return Standing(
         books=books,
         shelves=shelves,
@@ -178,9 +201,25 @@ def build_standing(
         kept_inputs=KeptInputs(shelves.inputs, spools),
         spools=spools,
         studio=PillowStudio(spools),
+        uptime=uptime,
+        tracer=tracer,
         leaving=Leaving(clock.monotonic_ms),
         fleet=fleet,
     )
+
+
+def _tracer(settings: Settings, clock: Clock) -> Tracer | None:
+    if not settings.tracing.endpoint:
+        return None
+    try:
+        from gateway.adapters.tracing import Tracer, collector  # noqa: PLC0415 - only where it is asked for
+    except ImportError as error:
+        raise StartError(
+            "tracing.endpoint: tracing is an extra: install imageway[tracing], or "
+            "leave it empty."
+        ) from error
+    sender = collector(settings.tracing.endpoint)
+    return Tracer(sender, clock, settings.tracing.one_in)
 
 
 def _fleet(
@@ -239,5 +278,5 @@ def _journaled(
         journal = DiskJournal.open(books.data_dir.journal)
     except UnreadableError as error:
         raise StartError(str(error)) from error
-    metrics.watch_journal(lambda: journal.waiting)
+    metrics.watch("journal_waiting", lambda: journal.waiting)
     return JournaledTasks(books.tasks, journal, clock, events)

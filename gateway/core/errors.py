@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from gateway.core.money import decimal_text
+from gateway.core.outcomes import RequestOutcome
 
 
 class GatewayError(Exception):
@@ -21,6 +22,8 @@ class GatewayError(Exception):
     type = "api_error"
     code = "internal_error"
     client_may_retry: bool | None = None
+    outcome: RequestOutcome | None = None
+    """What a request that meets it counts as; None: that follows from the status."""
 
     def __init__(
         self,
@@ -39,6 +42,16 @@ class GatewayError(Exception):
         self.code = code or type(self).code
         self.retry_after_s = retry_after_s
         self.extra: Mapping[str, object] = extra or {}
+
+    @property
+    def counts_as(self) -> RequestOutcome:
+        """What a request for pictures that ends by it counts as."""
+        if self.outcome is not None:
+            return self.outcome
+        is_clients = self.status < 500  # noqa: PLR2004
+        return (
+            RequestOutcome.CLIENT_ERROR if is_clients else RequestOutcome.GATEWAY_ERROR
+        )
 
 
 class InvalidRequestError(GatewayError):
@@ -70,6 +83,7 @@ class ContentRefusedError(GatewayError):
     type = "image_generation_user_error"
     code = "moderation_blocked"
     client_may_retry = False
+    outcome = RequestOutcome.REFUSED
 
 
 class UnauthorizedError(GatewayError):
@@ -176,12 +190,30 @@ class RateLimitedError(GatewayError):
     code = "rate_limit_exceeded"
 
 
+class UpstreamsRestError(RateLimitedError):
+    """Every upstream asked to be left alone for a while."""
+
+    outcome = RequestOutcome.UPSTREAM_EXHAUSTED
+
+
 class ServiceUnavailableError(GatewayError):
     """Nothing can serve this now; ``retry_after_s`` says when to come back."""
 
     status = 503
     type = "api_error"
     code = "service_unavailable"
+
+
+class UpstreamsExhaustedError(ServiceUnavailableError):
+    """No upstream is left that could serve the request, or has room for it."""
+
+    outcome = RequestOutcome.UPSTREAM_EXHAUSTED
+
+
+class NothingWantedError(ServiceUnavailableError):
+    """What the request itself wants of routing leaves no upstream."""
+
+    outcome = RequestOutcome.CLIENT_ERROR
 
 
 class OutcomeUnknownError(ServiceUnavailableError):
@@ -218,3 +250,4 @@ class DeadlineExceededError(GatewayError):
     type = "api_error"
     code = "generation_timeout"
     client_may_retry = False
+    outcome = RequestOutcome.TIMEOUT

@@ -8,8 +8,24 @@ from providers.kit.contract import Usage
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request for pictures was about, as far as was known when it ended.
+
+    ``variant`` is None for one that the catalogue does not name.
+    """
+
+    operation: str
+    mode: str
+    variant: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class RequestFinished:
-    """One HTTP request was answered. ``route`` is the template, never the raw path."""
+    """One HTTP request was answered. ``route`` is the template, never the raw path.
+
+    ``asked`` and ``outcome`` (of ``RequestOutcome``) are there for a request for
+    pictures that came to no task: of all others their tasks tell.
+    """
 
     request_id: str
     method: str
@@ -21,6 +37,8 @@ class RequestFinished:
     tenant_id: str | None = None
     key_id: str | None = None
     client_gone: bool = False
+    asked: Asked | None = None
+    outcome: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +54,8 @@ class AttemptFinished:
     billed: str
     duration_ms: int
     cost_nanousd: int
+    estimate_nanousd: int = 0
+    """What it was thought to cost; 0 where what it costs was not reported."""
     upstream_status: int | None = None
     upstream_code: str | None = None
     detail: str | None = None
@@ -45,14 +65,16 @@ class AttemptFinished:
 class TaskFinished:
     """One task is over, settled or voided.
 
-    ``served`` is what availability counts: ok (a picture or a moderation answer),
-    failed (our fault) or excluded (the client's).
+    ``outcome`` is a value of ``RequestOutcome``. ``overhead_ms`` is the time the
+    gateway itself took: without calls to upstreams and without waiting for slots.
     """
 
     task_id: str
     variant: str
+    operation: str
+    mode: str
     state: str
-    served: str
+    outcome: str
     error_code: str | None
     attempts: int
     saved_by_fallback: bool
@@ -62,6 +84,27 @@ class TaskFinished:
     absorbed_nanocredits: int
     usage: Usage | None
     usage_source: str
+    overhead_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FellOver:
+    """A task goes on at another upstream; ``reason`` is the kind of the failure."""
+
+    task_id: str
+    variant: str
+    from_upstream: str
+    to_upstream: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseExpired:
+    """A worker took over a task whose last one was not heard of any more."""
+
+    task_id: str
+    variant: str
+    takeovers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +113,7 @@ class BreakerChanged:
 
     offer_id: str
     upstream: str
+    operation: str
     state: str
     reason: str
 
@@ -176,6 +220,8 @@ Event = (
     RequestFinished
     | AttemptFinished
     | TaskFinished
+    | FellOver
+    | LeaseExpired
     | BreakerChanged
     | UpstreamChanged
     | HoldRefused

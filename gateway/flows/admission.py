@@ -17,6 +17,7 @@ from gateway.core.errors import (
     GatewayError,
     RateLimitedError,
     ServiceUnavailableError,
+    UpstreamsExhaustedError,
 )
 from gateway.core.events import PressureChanged, RequestShed
 from gateway.core.pressure import Bounds, Pressure
@@ -198,7 +199,7 @@ def shed_error(reason: Reason, retry_after_s: int) -> GatewayError:
             code="overloaded",
             retry_after_s=retry_after_s,
         )
-    return ServiceUnavailableError(
+    return UpstreamsExhaustedError(
         "More is asked of the gateway than its upstreams can make. You were not "
         "charged. Try again after the time in Retry-After; with "
         "'Prefer: respond-async' a request is queued as a task.",

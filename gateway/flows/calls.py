@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from gateway.core.catalogue import Offer
 from gateway.core.errors import GatewayError, ServiceUnavailableError
 from gateway.core.events import AttemptFinished
-from gateway.core.pricing import real_cost
+from gateway.core.pricing import REPORTED, real_cost
 from gateway.core.routing import NO_PREFERENCES, Preferences, Wish
 from gateway.core.tasks import STOPPED, AttemptState, FencedError
 from gateway.flows.line import Place
@@ -119,6 +119,8 @@ class Lot:
     asked: int
     partials: int = 0
     """Partial pictures that were shown on the way."""
+    took_ms: int = 0
+    """From when the upstream was called until it had answered."""
 
     @property
     def short(self) -> bool:
@@ -139,6 +141,7 @@ class Failure:
     seq: int = 0
     cost_nanousd: int = 0
     """What it may have cost."""
+    took_ms: int = 0
 
 
 @dataclass(slots=True)
@@ -266,13 +269,17 @@ class Calls:
 
     async def carry(self, call: Call, progress: Progress) -> Lot | Failure:
         """Bring a call to its end: one just begun, or a job that goes on."""
+        began_ms = self.clock.monotonic_ms()
         try:
             done = await self._deliver(call, progress)
         except ProviderError as error:
-            return await self.fail(call, error, progress)
+            took_ms = self.clock.monotonic_ms() - began_ms
+            failure = await self.fail(call, error, progress)
+            return replace(failure, took_ms=took_ms)
+        took_ms = self.clock.monotonic_ms() - began_ms
         end = call.won(done, self.clock.now_ms())
         self._tell(call, end)
-        return Lot(call.offer, done, end, call.job.n, progress.partials)
+        return Lot(call.offer, done, end, call.job.n, progress.partials, took_ms)
 
     async def fail(
         self, call: Call, error: ProviderError, progress: Progress
@@ -488,6 +495,11 @@ class Calls:
                 billed=end.billed.value,
                 duration_ms=self.clock.monotonic_ms() - call.started_mono_ms,
                 cost_nanousd=end.cost_nanousd,
+                estimate_nanousd=(
+                    call.estimate_nanousd
+                    if end.won and end.cost_source in REPORTED
+                    else 0
+                ),
                 upstream_status=end.upstream_status,
                 upstream_code=end.upstream_code,
                 detail=end.detail,

@@ -11,6 +11,7 @@ from gateway.core import limits, routing
 from gateway.core.breaker import Outcome
 from gateway.core.catalogue import Offer, PerImage
 from gateway.core.errors import GatewayError, ServiceUnavailableError
+from gateway.core.events import FellOver
 from gateway.core.money import decimal_text
 from gateway.core.pricing import REPORTED
 from gateway.core.ratios import Sample, tier_of
@@ -102,6 +103,8 @@ class Purchase:
     """Of the last round: what may have been bought, so that the next buys it again."""
     stands_by: bool = False
     """Whether another offer could be tried if the present round fails."""
+    away_ms: int = 0
+    """Time in which upstreams worked, or a slot was waited for."""
     broken: bool = False
     """The store failed for a call beside one that delivered: nothing more is bought."""
 
@@ -174,6 +177,7 @@ class Dispatcher:
             if chosen is not None and purchase.unknown:
                 chosen = await self._afforded(order, purchase, *chosen)
             if chosen is not None:
+                self._tell_of_fallback(order, purchase, chosen[0])
                 order = order.settled_on(chosen[0])
                 failed, short = await self._round(order, purchase, *chosen)
                 if failed or short:
@@ -181,6 +185,21 @@ class Dispatcher:
                 goes_on = await self._goes_on(purchase, failed)
             if not goes_on and not await self._rested(order, purchase, tried):
                 return
+
+    def _tell_of_fallback(self, order: Order, purchase: Purchase, offer: Offer) -> None:
+        if not purchase.failures:
+            return
+        last = purchase.failures[-1]
+        if last.offer.upstream != offer.upstream:
+            self.events.emit(
+                FellOver(
+                    order.job.task_id,
+                    order.variant,
+                    last.offer.upstream,
+                    offer.upstream,
+                    last.error.kind.value,
+                )
+            )
 
     async def stop(self, order: Order) -> Stop:
         """Ask the upstreams to stop the jobs that ``history`` holds, all at once.
@@ -226,6 +245,7 @@ class Dispatcher:
             elif (failure := _failure_of(offer, attempt)) is not None:
                 purchase.failures.append(failure)
         results = await self._all_of(purchase, left)
+        purchase.away_ms += max((result.took_ms for result in results), default=0)
         purchase.lots.extend(r for r in results if isinstance(r, Lot))
         purchase.failures.extend(r for r in results if isinstance(r, Failure))
         made = sum(len(lot.done.images) for lot in purchase.lots)
@@ -308,7 +328,9 @@ class Dispatcher:
             elif order.patient and decision.may_return:
                 assert order.place is not None
                 self.line.pass_on(order.place)
-                await self.clock.sleep(min(PATIENT_LOOK_S, left_ms / 1000))
+                pause_s = min(PATIENT_LOOK_S, left_ms / 1000)
+                await self.clock.sleep(pause_s)
+                purchase.away_ms += round(pause_s * 1000)
             else:
                 return None
 
@@ -321,7 +343,9 @@ class Dispatcher:
         if place.until_ms is not None and not purchase.attempts:
             left_ms = min(left_ms, place.until_ms - self.clock.monotonic_ms())
         wants = [(offer_id, order.wish.operation) for offer_id in offer_ids]
+        began_ms = self.clock.monotonic_ms()
         called = await self.line.stand(place, wants, max(0, left_ms) / 1000)
+        purchase.away_ms += self.clock.monotonic_ms() - began_ms
         purchase.waited_out = not called
         return called
 
@@ -403,6 +427,7 @@ class Dispatcher:
         if order.deadline_ms - ANSWER_RESERVE_MS - now_ms <= pause_s * 1000:
             return False
         await self.clock.sleep(pause_s)
+        purchase.away_ms += round(pause_s * 1000)
         tried.clear()
         return True
 
@@ -436,6 +461,7 @@ class Dispatcher:
             results = [await self._attempt(order, purchase, offer, wanted, permit, {})]
         else:
             results = await self._at_once(order, purchase, offer, permit)
+        purchase.away_ms += max((result.took_ms for result in results), default=0)
         lots = [result for result in results if isinstance(result, Lot)]
         failed = [result for result in results if isinstance(result, Failure)]
         purchase.lots.extend(lots)

@@ -20,15 +20,19 @@ from gateway.core.errors import (
     GatewayError,
     InsufficientCreditsError,
     InvalidRequestError,
+    NothingWantedError,
     RateLimitedError,
     ServiceUnavailableError,
     StoreAwayError,
+    UpstreamsExhaustedError,
+    UpstreamsRestError,
     insufficient_credits,
     max_credits_exceeded,
 )
 from gateway.core.events import HoldRefused, RequestShed, TaskFinished
 from gateway.core.ledger import Balance, Settled
 from gateway.core.orders import class_of, order_json
+from gateway.core.outcomes import RequestOutcome
 from gateway.core.preferences import routing_facts
 from gateway.core.requests import ImageRequest
 from gateway.core.routing import Wish
@@ -45,7 +49,7 @@ from gateway.flows.dispatch import Dispatcher, Purchase, decision_json
 from gateway.flows.inputs import NO_INPUTS, Inputs
 from gateway.flows.line import Place
 from gateway.flows.results import Results
-from gateway.flows.tasks import Facts, Picture, TaskView
+from gateway.flows.tasks import Facts, Picture, TaskView, ended_empty
 from gateway.ports import (
     AttemptRecord,
     Chance,
@@ -99,6 +103,8 @@ class Accepted:
     buys: bool = True
     place: Place | None = None
     """Where it stands in line for a slot; given back when it is carried out."""
+    since_mono_ms: int | None = None
+    """When the gateway took it up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +192,7 @@ class Generate:
         """
         offers = self.catalogue.offers.get(request.variant.name)
         if not offers:
-            raise ServiceUnavailableError(
+            raise UpstreamsExhaustedError(
                 f"No upstream is configured for {request.variant.name}. "
                 "Choose another model from GET /v1/models, or ask the operator.",
                 code="no_available_channel",
@@ -197,7 +203,7 @@ class Generate:
             raise max_credits_exceeded(most, limit)
         left_out = [(o.upstream, request.routing.leaves_out(o)) for o in offers]
         if all(by for _, by in left_out):
-            raise ServiceUnavailableError(
+            raise NothingWantedError(
                 f"No upstream of {request.variant.name} is left to send this request "
                 f"to: {self._left_out_text(left_out)}. Change the preferences.",
                 code="no_available_channel",
@@ -241,7 +247,7 @@ class Generate:
             ServiceUnavailableError: the store cannot be written.
         """
         self.check_route(request)
-        now_ms = self.clock.now_ms()
+        now_ms, since_mono_ms = self.clock.now_ms(), self.clock.monotonic_ms()
         lasts_ms = ASYNC_DEADLINE_MS if later is not None else SYNC_DEADLINE_MS
         task = NewTask(
             id=task_id,
@@ -271,7 +277,7 @@ class Generate:
         if earlier is not None:
             return Repeated(earlier)
         deadline_ms = self.clock.monotonic_ms() + lasts_ms
-        return Accepted(task, request, deadline_ms, inputs)
+        return Accepted(task, request, deadline_ms, inputs, since_mono_ms=since_mono_ms)
 
     async def carry_out(
         self,
@@ -342,7 +348,7 @@ class Generate:
             notes.append("routing.allow_fallbacks allows no second try")
         if not notes:
             return refusal
-        return ServiceUnavailableError(
+        return UpstreamsExhaustedError(
             f"{refusal} Your preferences: {'; '.join(notes)}.",
             code=refusal.code if purchase.failures else "no_available_channel",
             retry_after_s=refusal.retry_after_s,
@@ -432,14 +438,20 @@ class Generate:
             "The gateway could not carry this task out. You were not charged. Send the "
             "request again."
         )
+        now_ms = self.clock.now_ms()
         await self._finish(
             TaskEnd(
                 task_id=claimed.record.id,
                 state=TaskState.FAILED,
-                finished_ms=self.clock.now_ms(),
+                finished_ms=now_ms,
                 error_json=json.dumps(task_error(error)),
                 forget_key=True,
                 fence=claimed.fence,
+            )
+        )
+        self.events.emit(
+            ended_empty(
+                claimed.record, TaskState.FAILED, error.counts_as, now_ms, error.code
             )
         )
 
@@ -587,21 +599,39 @@ class Generate:
             TaskFinished(
                 task_id=end.task_id,
                 variant=accepted.task.variant,
+                operation=accepted.task.operation,
+                mode=accepted.task.mode.value,
                 state=end.state.value,
-                served=_served(error),
+                outcome=_outcome(end, error).value,
                 error_code=error.code if error else None,
                 attempts=purchase.attempts if purchase else 0,
                 saved_by_fallback=bool(
                     purchase and purchase.lots and purchase.failures
                 ),
                 images=len(end.results),
-                duration_ms=max(0, end.finished_ms - accepted.task.created_ms),
+                duration_ms=max(0, self.clock.now_ms() - accepted.task.created_ms),
                 charged_nanocredits=settled.charged,
                 absorbed_nanocredits=settled.absorbed,
                 usage=end.usage,
                 usage_source=end.usage_source,
+                overhead_ms=self._overhead_ms(accepted, purchase),
             )
         )
+
+    def _overhead_ms(self, accepted: Accepted, purchase: Purchase | None) -> int | None:
+        # What was neither delivered nor refused elsewhere says nothing of the gateway.
+        if purchase is None or not purchase.lots or accepted.since_mono_ms is None:
+            return None
+        took_ms = self.clock.monotonic_ms() - accepted.since_mono_ms
+        return max(0, took_ms - purchase.away_ms)
+
+
+def _outcome(end: TaskEnd, error: GatewayError | None) -> RequestOutcome:
+    if error is not None:
+        return error.counts_as
+    if end.state is TaskState.CANCELLED:
+        return RequestOutcome.CANCELLED
+    return RequestOutcome.SUCCESS
 
 
 def wish_of(request: ImageRequest) -> Wish:
@@ -659,12 +689,6 @@ _TASK_CODE_BY_STATUS = {
     503: "service_unavailable",
     504: "generation_timeout",
 }
-
-
-def _served(error: GatewayError | None) -> str:
-    if error is None or isinstance(error, ContentRefusedError):
-        return "ok"
-    return "excluded" if error.status < 500 and error.status != 429 else "failed"  # noqa: PLR2004
 
 
 def _facts_of(request: ImageRequest) -> dict[str, object]:
@@ -834,7 +858,7 @@ def _strictness(failure: Failure) -> int:
 
 
 def _all_limited(purchase: Purchase) -> RateLimitedError:
-    return RateLimitedError(
+    return UpstreamsRestError(
         "Every upstream is rate limited at the moment. You were not charged. "
         "Try again after the time in Retry-After.",
         retry_after_s=_retry_after_s(purchase),
@@ -868,7 +892,7 @@ def _unavailable(purchase: Purchase, what: str) -> ServiceUnavailableError:
     # A client's library that repeats the call at once would multiply the attempts
     # made here; one that was turned away without an attempt may well come back.
     maybe_bought = any(f.error.billed is not Billed.NO for f in purchase.failures)
-    return ServiceUnavailableError(
+    return UpstreamsExhaustedError(
         f"{what} You were not charged. Try again after the time in Retry-After, "
         "or choose another model.",
         retry_after_s=_retry_after_s(purchase),

@@ -7,9 +7,10 @@ import json
 from dataclasses import dataclass
 
 from gateway.core.errors import ServiceUnavailableError
-from gateway.core.events import TaskFinished
+from gateway.core.outcomes import RequestOutcome
 from gateway.core.tasks import HOLD_KEPT_MS, TaskState
 from gateway.flows.generate import task_error
+from gateway.flows.tasks import ended_empty
 from gateway.ports import Clock, Events, Processes, TaskEnd, TaskRecord, TaskStore
 
 BATCH_TASKS = 200
@@ -94,18 +95,18 @@ class Recovery:
             if task.deadline_ms < before_ms
         ]
         for task in due:
-            await self._give_up(task)
+            await self._give_up(task, RequestOutcome.TIMEOUT)
         return len(due)
 
     async def _close_lost(self) -> int:
         closed = 0
         while batch := await self.store.orphaned(BATCH_TASKS):
             for task in batch:
-                await self._give_up(task)
+                await self._give_up(task, RequestOutcome.GATEWAY_ERROR)
             closed += len(batch)
         return closed
 
-    async def _give_up(self, task: TaskRecord) -> None:
+    async def _give_up(self, task: TaskRecord, outcome: RequestOutcome) -> None:
         error = ServiceUnavailableError(
             "The gateway stopped while it worked on this task. You were not charged. "
             "Send the request again."
@@ -119,20 +120,7 @@ class Recovery:
                 forget_key=True,
             )
         )
+        now_ms = self.clock.now_ms()
         self.events.emit(
-            TaskFinished(
-                task_id=task.id,
-                variant=task.variant,
-                state=TaskState.FAILED.value,
-                served="failed",
-                error_code=error.code,
-                attempts=len(task.attempts),
-                saved_by_fallback=False,
-                images=0,
-                duration_ms=max(0, self.clock.now_ms() - task.created_ms),
-                charged_nanocredits=0,
-                absorbed_nanocredits=0,
-                usage=None,
-                usage_source="none",
-            )
+            ended_empty(task, TaskState.FAILED, outcome, now_ms, error.code)
         )

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 
 from gateway.core import tasks as rules
 from gateway.core.errors import ConflictError, InvalidRequestError, NotFoundError
+from gateway.core.events import TaskFinished
+from gateway.core.outcomes import RequestOutcome
 from gateway.core.tasks import DeliveryMode, TaskState
 from gateway.ports import (
     BlobStore,
     Clock,
+    Events,
     Queue,
     StoredResult,
     TaskFilter,
@@ -195,6 +198,8 @@ class ManageTasks:
     queue: Queue
     read_task: ReadTask
     clock: Clock
+    events: Events | None = None
+    """Where somebody counts what ends."""
 
     async def page(
         self, tenant_id: str, wanted: TaskFilter, *, page: int, page_size: int
@@ -245,5 +250,40 @@ class ManageTasks:
                 f"this one is {before.mode.value} and {before.state.value}.",
                 code="task_not_cancellable",
             )
-        await self.queue.cancel(task_id, tenant_id, now_ms=self.clock.now_ms())
-        return await self.read_task(task_id, tenant_id)
+        now_ms = self.clock.now_ms()
+        state = await self.queue.cancel(task_id, tenant_id, now_ms=now_ms)
+        after = await self.read_task(task_id, tenant_id)
+        # One that no worker has begun ends here: nobody else tells of it.
+        waited = before.state is TaskState.PENDING
+        record, events = after.record, self.events
+        if state is TaskState.CANCELLED and waited and record is not None and events:
+            outcome = RequestOutcome.CANCELLED
+            events.emit(ended_empty(record, state, outcome, now_ms))
+        return after
+
+
+def ended_empty(
+    task: TaskRecord,
+    state: TaskState,
+    outcome: RequestOutcome,
+    now_ms: int,
+    error_code: str | None = None,
+) -> TaskFinished:
+    """Tell of a task that was closed without pictures, by whoever closes it."""
+    return TaskFinished(
+        task_id=task.id,
+        variant=task.variant,
+        operation=task.operation,
+        mode=task.mode.value,
+        state=state.value,
+        outcome=outcome.value,
+        error_code=error_code,
+        attempts=len(task.attempts),
+        saved_by_fallback=False,
+        images=0,
+        duration_ms=max(0, now_ms - task.created_ms),
+        charged_nanocredits=0,
+        absorbed_nanocredits=0,
+        usage=None,
+        usage_source="none",
+    )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from gateway.core import pricing, routing
+from gateway.core.breaker import BreakerState
 from gateway.core.catalogue import Catalogue, Offer
 from gateway.core.errors import GatewayError, upstream_not_found
 from gateway.core.events import UpstreamChanged
@@ -26,6 +27,14 @@ class UpstreamView:
     failure_domains: tuple[str, ...]
     drained_since_ms: int | None
     account: AccountView
+
+    @property
+    def up(self) -> bool:
+        """Whether calls may go there as far as its circuits say."""
+        states = [route.health.state for route in self.account.routes]
+        return self.account.state is not BreakerState.OPEN and any(
+            state is not BreakerState.OPEN for state in states
+        )
 
 
 @dataclass(frozen=True, slots=True)

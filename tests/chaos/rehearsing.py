@@ -247,18 +247,24 @@ class Rehearsal:
 
     def breaker(self, upstream: str) -> str:
         """Read the state of a breaker."""
-        states = self.gateway.metric("imageway_breaker_state")
+        states = self.gateway.metric("imageway_circuit_state")
         (state,) = [
             labels.partition('state="')[2].partition('"')[0]
             for labels, value in states.items()
-            if f'offer="{upstream}/' in labels and value == 1
+            if f'upstream="{upstream}"' in labels
+            and 'operation="generate"' in labels
+            and value == 1
         ]
         return state
 
     def openings(self, upstream: str) -> float:
         """Read how often a breaker opened in this life."""
-        found = self.gateway.metric("imageway_breaker_openings_total")
-        return found.get(f'{{offer="{upstream}/gpt-image-2"}}', 0.0)
+        found = self.gateway.metric("imageway_circuit_transitions_total")
+        return sum(
+            count
+            for labels, count in found.items()
+            if f'upstream="{upstream}"' in labels and 'to="open"' in labels
+        )
 
     def heal(self, *, but: str = "") -> None:
         """Let all be well at every provider but one."""
@@ -267,7 +273,11 @@ class Rehearsal:
                 provider.heal()
 
     def _note_metrics(self) -> None:
-        for name in ("attempts", "saved_by_fallback", "breaker_openings"):
+        for name in (
+            "upstream_attempts",
+            "requests_saved_by_fallback",
+            "circuit_transitions",
+        ):
             for labels, value in self.gateway.metric(f"imageway_{name}_total").items():
                 self.metrics[f"{name}{labels}"] += int(value)
 

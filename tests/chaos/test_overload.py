@@ -107,7 +107,7 @@ def test_without_bounds_more_and_more_wait(tmp_path: Path) -> None:
             found = [
                 line.rpartition(" ")[2]
                 for line in text.splitlines()
-                if line.startswith('imageway_waiting{variant="gpt-image-2"}')
+                if line.startswith('imageway_waiting{model="gpt-image-2"}')
             ]
             return float(found[0])
 

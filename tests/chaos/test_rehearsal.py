@@ -199,7 +199,9 @@ def show(played: Rehearsal, matches: dict[str, Match], took_s: float) -> None:
         lines += [f"{name} lost, not bought: {dict(m.lost_not_bought)}"] * bool(
             m.lost_not_bought
         )
-    kept = {k: v for k, v in played.metrics.items() if not k.startswith("attempts")}
+    kept = {
+        k: v for k, v in played.metrics.items() if not k.startswith("upstream_attempts")
+    }
     lines += [f"{name} {value}" for name, value in sorted(kept.items()) if value]
     lines.append(f"{len(played.answers)} requests in {took_s:.0f} s")
     print("\n" + "\n".join(lines))  # noqa: T201 - figures, where somebody asks for them

@@ -47,7 +47,7 @@ def full(tmp_path: Path) -> Iterator[LiveGateway]:
     with gateway, ThreadPoolExecutor(2) as pool:
         for place in range(2):
             pool.submit(generated, gateway, f"place-{place}")
-        waiting = 'variant="gpt-image-2"'
+        waiting = 'model="gpt-image-2"'
         while not gateway.metric("imageway_waiting").get(f"{{{waiting}}}"):
             time.sleep(0.02)
         yield gateway
@@ -81,8 +81,8 @@ def test_one_more_is_refused_and_everything_else_goes_on(full: LiveGateway) -> N
     assert known.headers["idempotency-replayed"] == "true"
     shed = full.metric("imageway_shed_total")
     assert {labels: count for labels, count in shed.items() if count} == {
-        '{reason="tenant_share",variant="gpt-image-2"}': 1.0,
-        '{reason="tenant_share",variant="any"}': 1.0,
+        '{model="gpt-image-2",reason="tenant_share"}': 1.0,
+        '{model="any",reason="tenant_share"}': 1.0,
     }
 
 

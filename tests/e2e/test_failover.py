@@ -131,6 +131,6 @@ def test_the_metrics_tell_of_the_fallback(gateway: LiveGateway) -> None:
     with gateway.client() as client:
         client.post("/v1/images/generations", json=BODY)
 
-    saved = gateway.metric("imageway_saved_by_fallback_total")
-    assert saved['{variant="gpt-image-2"}'] == 1.0
-    assert sum(gateway.metric("imageway_attempts_total").values()) == 2
+    saved = gateway.metric("imageway_requests_saved_by_fallback_total")
+    assert saved['{model="gpt-image-2"}'] == 1.0
+    assert sum(gateway.metric("imageway_upstream_attempts_total").values()) == 2

@@ -141,8 +141,9 @@ def test_new_requests_go_by_the_new_configuration_and_those_under_way_by_theirs(
             "the task is done",
         )
         assert trail(gateway, queued) == ["old"]
-        states = gateway.metric("imageway_breaker_state")
-        assert not [labels for labels in states if "old/" in labels]
+        states = gateway.metric("imageway_circuit_state")
+        assert states
+        assert not [labels for labels in states if 'upstream="old"' in labels]
         assert gateway.audit()["clean"]
 
 

@@ -118,7 +118,7 @@ def test_they_answer_as_one_and_their_figures_are_sums(house: House) -> None:
     # Whichever is asked tells the figures of all.
     assert {answered(gateway) for _ in range(8)} == {float(ASKED)}
     assert {living(gateway) for _ in range(4)} == {float(WORKERS)}
-    assert gateway.metric("imageway_waiting")['{variant="gpt-image-2"}'] == 0
+    assert gateway.metric("imageway_waiting")['{model="gpt-image-2"}'] == 0
     assert gateway.audit()["clean"]
 
 

@@ -252,7 +252,10 @@ async def test_moderation_counts_as_served_and_an_outage_does_not() -> None:
         with pytest.raises(GatewayError):
             await counter.order()
 
-    assert (refused.finished.served, down.finished.served) == ("ok", "failed")
+    assert (refused.finished.outcome, down.finished.outcome) == (
+        "refused",
+        "upstream_exhausted",
+    )
 
 
 async def test_pictures_are_kept_before_the_task_is_settled() -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from gateway.adapters.events import FanOut
-from gateway.adapters.logs import LogListener, scrubbed
+from gateway.adapters.logs import NAMES, LogListener, scrubbed
 from gateway.core.errors import ServiceUnavailableError
-from gateway.core.events import AttemptFinished, Event, HoldRefused
+from gateway.core.events import AttemptFinished, ConfigRead, Event, HoldRefused
+from gateway.core.traces import trace_id_of
 
 ATTEMPT = AttemptFinished(
     task_id="task-unified-1-abcdefgh",
@@ -105,3 +110,58 @@ def test_what_was_foreseen_is_one_line_and_what_was_not_has_its_traceback() -> N
     assert "exception" not in foreseen
     assert crash["event"] == "crash"
     assert "KeyError" in crash["exception"]
+
+
+def test_a_level_keeps_lines_out_and_may_change_while_it_runs() -> None:
+    out = io.StringIO()
+    log = LogListener(out)
+    failed, well = ATTEMPT, replace(ATTEMPT, outcome="done", detail=None)
+
+    log.level = "warning"
+    log.on_event(well)
+    log.note("started")
+    log.on_event(failed)
+    log.level = "error"
+    log.on_event(failed)
+    log.on_event(ConfigRead("refused", problem="a key is wrong"))
+    log.level = "info"
+    log.on_event(well)
+
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    told = [(line["event"], line["level"]) for line in lines]
+    assert told == [
+        ("attempt", "warning"),
+        ("config_read", "error"),
+        ("attempt", "info"),
+    ]
+
+
+def test_a_field_whose_name_says_so_is_a_secret_whatever_it_holds() -> None:
+    out = io.StringIO()
+
+    LogListener(out).note("x", prompt="a fox", access_token=7, tokens=7, who="me")
+
+    line = json.loads(out.getvalue())
+    assert (line["prompt"], line["access_token"]) == ("[secret]", "[secret]")
+    assert (line["tokens"], line["who"]) == (7, "me")
+
+
+def test_lines_about_a_task_carry_its_trace() -> None:
+    out = io.StringIO()
+
+    LogListener(out).on_event(ATTEMPT)
+    LogListener(out).on_event(HoldRefused("gpt-image-2"))
+
+    first, second = (json.loads(line) for line in out.getvalue().splitlines())
+    assert first["trace_id"] == trace_id_of(ATTEMPT.task_id)
+    assert "trace_id" not in second
+
+
+def test_every_event_and_every_field_of_it_is_explained() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "logs.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*)\|", text, re.MULTILINE))
+
+    for event in get_args(Event):
+        name = NAMES[event]
+        explained = set(re.findall(r"`(\w+)`", rows[name]))
+        assert explained == {field.name for field in fields(event)}, name

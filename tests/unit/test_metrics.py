@@ -3,51 +3,61 @@
 from __future__ import annotations
 
 from gateway.adapters.metrics import Metrics
+from gateway.core.catalogue import Catalogue
 from gateway.core.events import BreakerChanged, UpstreamChanged
+from tests.unit.test_routing import offer
 
-STATE = "imageway_breaker_state"
+STATE = "imageway_circuit_state"
 DRAINED = "imageway_upstream_drained"
+MODEL, OPERATION = "gpt-image-2", "generate"
 
 
-def breaker(offer_id: str, state: str) -> BreakerChanged:
-    return BreakerChanged(offer_id, offer_id.partition("/")[0], state, "auth")
+def offering(*upstreams: str) -> Catalogue:
+    return Catalogue({}, {MODEL: tuple(offer(name) for name in upstreams)})
 
 
-async def shown(metrics: Metrics, name: str) -> list[str]:
-    """The labels of a metric that are not at 0."""
+def opened(upstream: str) -> BreakerChanged:
+    return BreakerChanged(f"{upstream}/{MODEL}", upstream, OPERATION, "open", "auth")
+
+
+async def states(metrics: Metrics, upstream: str) -> set[str]:
+    """The states that the circuit for generations of an upstream is shown in."""
     text, _ = await metrics.render()
-    lines = [line for line in text.decode().splitlines() if line.startswith(name)]
-    return [line.partition(" ")[0] for line in lines if not line.endswith(" 0.0")]
-
-
-def state(offer_id: str, state: str) -> str:
-    return f'{STATE}{{offer="{offer_id}",state="{state}"}}'
+    return {
+        line.partition('state="')[2].partition('"')[0]
+        for line in text.decode().splitlines()
+        if line.startswith(STATE)
+        and f'upstream="{upstream}"' in line
+        and f'operation="{OPERATION}"' in line
+        and not line.endswith(" 0.0")
+    }
 
 
 async def test_a_breaker_that_is_open_is_shown_so_after_a_reload_too() -> None:
     metrics = Metrics()
-    metrics.known(["a/m"], [])
-    metrics.on_event(breaker("a/m", "open"))
+    metrics.known(offering("a"))
+    metrics.on_event(opened("a"))
 
-    metrics.known(["a/m", "b/m"], [])
+    metrics.known(offering("a", "b"))
 
-    assert await shown(metrics, STATE) == [state("a/m", "open"), state("b/m", "closed")]
+    assert await states(metrics, "a") == {"open"}
+    assert await states(metrics, "b") == {"closed"}
 
 
 async def test_of_an_offer_that_is_gone_nothing_is_shown_however_its_calls_end() -> (
     None
 ):
     metrics = Metrics()
-    metrics.known(["a/m", "b/m"], [])
+    metrics.known(offering("a", "b"))
     metrics.on_event(UpstreamChanged("a", "drained"))
 
-    metrics.known(["b/m"], [])
-    metrics.on_event(breaker("a/m", "open"))
+    metrics.known(offering("b"))
+    metrics.on_event(opened("a"))
 
     text = (await metrics.render())[0].decode()
-    assert 'offer="a/m",state=' not in text
+    assert await states(metrics, "a") == set()
     assert f'{DRAINED}{{upstream="a"}}' not in text
 
-    metrics.known(["a/m", "b/m"], [])
+    metrics.known(offering("a", "b"))
 
-    assert state("a/m", "open") in await shown(metrics, STATE)
+    assert await states(metrics, "a") == {"open"}

@@ -483,6 +483,22 @@ MIGRATIONS = (
         reopened_tables=("settlements",),
         immutable_tables=("entries", "settlements", "draws", "refunds", "trail"),
     ),
+    Migration(
+        statements=(
+            # Counts, added up by every process; width is slot (five minutes) or day.
+            """CREATE TABLE uptime (
+                width TEXT NOT NULL CHECK (width IN ('slot', 'day')),
+                since_ms BIGINT NOT NULL,
+                kind TEXT NOT NULL CHECK (kind IN ('model', 'upstream')),
+                name TEXT NOT NULL,
+                served BIGINT NOT NULL CHECK (served >= 0),
+                failed BIGINT NOT NULL CHECK (failed >= 0),
+                PRIMARY KEY (width, since_ms, kind, name)
+            )""",
+            """CREATE INDEX uptime_troubled ON uptime (since_ms)
+            WHERE width = 'slot' AND failed >= 3""",
+        ),
+    ),
 )
 """Step n of the schema stands at n - 1."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gateway.adapters.sql.database import Database, Row, Transaction
 from gateway.adapters.sql.tasks import finish_task, read_task
@@ -32,9 +32,12 @@ class SqlQueue:
         """See ``Queue``."""
 
         async def claim(tx: Transaction) -> Claimed | None:
-            task_id = await _left_behind(tx, now_ms, held)
+            task_id, expired = await _left_behind(tx, now_ms, held)
             task_id = task_id or await _next_in_turn(tx, now_ms, full)
-            return await _claim(tx, task_id, now_ms, lease_ms) if task_id else None
+            if task_id is None:
+                return None
+            claimed = await _claim(tx, task_id, now_ms, lease_ms)
+            return replace(claimed, expired=expired) if claimed else None
 
         return await self.database.write(claim)
 
@@ -135,15 +138,17 @@ async def _claim(
 
 async def _left_behind(
     tx: Transaction, now_ms: int, held: Collection[str]
-) -> str | None:
+) -> tuple[str | None, bool]:
+    # Whoever lets go of a task sets its lease to 0; any other has expired.
     rows = await tx.all(
-        """SELECT id FROM tasks
+        """SELECT id, lease_until_ms FROM tasks
         WHERE state = 'processing' AND lease_until_ms < $1
         ORDER BY lease_until_ms LIMIT $2""",
         now_ms,
         len(held) + 1,
     )
-    return next((str(row[0]) for row in rows if row[0] not in held), None)
+    found = ((str(row[0]), row[1] > 0) for row in rows if row[0] not in held)
+    return next(found, (None, False))
 
 
 async def _next_in_turn(
