@@ -340,6 +340,7 @@ async def open_books(
                 secret,
                 announce=announce,
                 names=names_for_keys(settings),
+                who=f"command of {_user()}",
             ),
             webhooks=ManageWebhooks(outbox, accounts, clock, secret),
             data_dir=data_dir,

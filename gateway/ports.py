@@ -396,6 +396,15 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyMark:
+    """What the audit trail says of a change of keys; ``facts`` writes a key down."""
+
+    mark: Mark
+    what: str
+    facts: Callable[[Key], Mapping[str, object]]
+
+
+@dataclass(frozen=True, slots=True)
 class NewGrant:
     """Credits to be given. The same ``reference`` again changes nothing.
 
@@ -1049,8 +1058,8 @@ class Accounts(Protocol):
         """List all tenants with their balances, by name."""
         ...
 
-    async def add_key(self, key: Key) -> None:
-        """Write a key."""
+    async def add_key(self, key: Key, mark: KeyMark | None = None) -> None:
+        """Write a key, and who made it."""
         ...
 
     async def key_by_digest(self, digest: bytes) -> Key | None:
@@ -1071,7 +1080,9 @@ class Accounts(Protocol):
         """List keys of a tenant or of all, newest first, with their number."""
         ...
 
-    async def change_key(self, key_id: str, change: Callable[[Key], Key]) -> Key | None:
+    async def change_key(
+        self, key_id: str, change: Callable[[Key], Key], mark: KeyMark | None = None
+    ) -> Key | None:
         """Change delivery, routing, limits or end of a key; None if there is none.
 
         ``change`` is pure, may be called several times, and undoes all by raising.
@@ -1080,7 +1091,10 @@ class Accounts(Protocol):
         ...
 
     async def rotate_key(
-        self, key_id: str, rotate: Callable[[Key, Sequence[Key]], Succession]
+        self,
+        key_id: str,
+        rotate: Callable[[Key, Sequence[Key]], Succession],
+        mark: KeyMark | None = None,
     ) -> Succession | None:
         """Write a key's successor and its own end, or neither; None if there is none.
 
@@ -1092,7 +1106,9 @@ class Accounts(Protocol):
         """Tell what a key, and all others of its meter, have used; None if none is."""
         ...
 
-    async def revoke_key(self, key_id: str, *, now_ms: int) -> bool:
+    async def revoke_key(
+        self, key_id: str, *, now_ms: int, mark: KeyMark | None = None
+    ) -> bool:
         """Revoke a key; False if there is none of that id."""
         ...
 

@@ -28,6 +28,7 @@ from gateway.ports import (
     AuditReport,
     Earlier,
     Key,
+    KeyMark,
     NewAttempt,
     NewTask,
     OpenBlob,
@@ -230,7 +231,8 @@ class MemoryAccounts:
     async def tenants(self) -> Sequence[tuple[Tenant, Balance]]:
         raise AssertionError
 
-    async def add_key(self, key: Key) -> None:
+    async def add_key(self, key: Key, mark: KeyMark | None = None) -> None:
+        del mark
         self.by_id[key.id] = key
 
     async def key_by_digest(self, digest: bytes) -> Key | None:
@@ -250,15 +252,22 @@ class MemoryAccounts:
         found = [k for k in self.by_id.values() if tenant_id in {None, k.tenant_id}]
         return len(found), found[::-1][offset : offset + limit]
 
-    async def change_key(self, key_id: str, change: Callable[[Key], Key]) -> Key | None:
+    async def change_key(
+        self, key_id: str, change: Callable[[Key], Key], mark: KeyMark | None = None
+    ) -> Key | None:
+        del mark
         if key_id not in self.by_id:
             return None
         self.by_id[key_id] = change(self.by_id[key_id])
         return self.by_id[key_id]
 
     async def rotate_key(
-        self, key_id: str, rotate: Callable[[Key, Sequence[Key]], Succession]
+        self,
+        key_id: str,
+        rotate: Callable[[Key, Sequence[Key]], Succession],
+        mark: KeyMark | None = None,
     ) -> Succession | None:
+        del mark
         key = self.by_id.get(key_id)
         if key is None:
             return None
@@ -270,7 +279,10 @@ class MemoryAccounts:
     async def key_use(self, key_id: str) -> KeyUse | None:
         return self.use if key_id in self.by_id else None
 
-    async def revoke_key(self, key_id: str, *, now_ms: int) -> bool:
+    async def revoke_key(
+        self, key_id: str, *, now_ms: int, mark: KeyMark | None = None
+    ) -> bool:
+        del mark
         key = self.by_id.get(key_id)
         if key is None:
             return False

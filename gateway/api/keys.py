@@ -12,7 +12,7 @@ from litestar.params import FromPath
 
 from gateway.api.admin import AdminGate
 from gateway.api.door import key_of
-from gateway.api.http import AnyRequest, read_texts_json, whole_number
+from gateway.api.http import AnyRequest, note_of, read_texts_json, whole_number
 from gateway.core.errors import ForbiddenError, InvalidRequestError, NotFoundError
 from gateway.core.key_limits import KeyScope
 from gateway.core.keys import PREFIX
@@ -63,6 +63,12 @@ class KeyAdmin:
             return None
         key = await key_of(self.authenticate, request.scope, KeyScope.ADMIN)
         return key.tenant_id
+
+    def acting(self, request: AnyRequest, asker: str | None) -> ManageKeys:
+        """Have the audit trail name who asks: the operator, or a tenant's key."""
+        if asker is None:
+            return self.keys
+        return self.keys.acting_as(f"key {note_of(request.scope).key_id}")
 
     async def owner(self, given: dict[str, object], asker: str | None) -> Tenant:
         """Take out of a body for which tenant a key is to be made.
@@ -160,7 +166,8 @@ def _making_routes(admin: KeyAdmin) -> list[HTTPRouteHandler]:
         given = await _object(request)
         tenant = await admin.owner(given, asker)
         admin.check(given, asker)
-        return _json(await admin.made(await admin.keys.create(tenant, given)), 201)
+        keys = admin.acting(request, asker)
+        return _json(await admin.made(await keys.create(tenant, given)), 201)
 
     @patch("/admin/v1/keys/{key_id:str}")
     async def change_key(request: AnyRequest, key_id: FromPath[str]) -> Response[bytes]:
@@ -168,14 +175,16 @@ def _making_routes(admin: KeyAdmin) -> list[HTTPRouteHandler]:
         asker = await admin.asker(request)
         given = await _object(request)
         admin.check(given, asker)
-        return _json(admin.shown(await admin.keys.change(key_id, given, asker)))
+        keys = admin.acting(request, asker)
+        return _json(admin.shown(await keys.change(key_id, given, asker)))
 
     @post("/admin/v1/keys/{key_id:str}/rotate", status_code=201)
     async def rotate_key(request: AnyRequest, key_id: FromPath[str]) -> Response[bytes]:
         """Make a key that takes the place of another; that one expires by itself."""
         asker = await admin.asker(request)
         overlap_s = _overlap_s(await _object(request))
-        new, old = await admin.keys.rotate(key_id, asker, overlap_s=overlap_s)
+        keys = admin.acting(request, asker)
+        new, old = await keys.rotate(key_id, asker, overlap_s=overlap_s)
         body = {**await admin.made(new), "previous": admin.shown(old)}
         return _json(body, 201)
 
@@ -185,7 +194,7 @@ def _making_routes(admin: KeyAdmin) -> list[HTTPRouteHandler]:
 def _ending_routes(admin: KeyAdmin) -> list[HTTPRouteHandler]:
     async def revoked(request: AnyRequest, key_id: str) -> Response[bytes]:
         asker = await admin.asker(request)
-        await admin.keys.revoke(key_id, asker)
+        await admin.acting(request, asker).revoke(key_id, asker)
         view = await admin.keys.show(key_id, asker)
         return _json(admin.shown(view.key))
 

@@ -323,6 +323,7 @@ def build_edition(
                         books.keys,
                         announce=standing.announce_key,
                         names=names_for_keys(settings),
+                        who=WHO,
                     ),
                     books.tenants,
                     books.webhooks,

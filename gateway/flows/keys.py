@@ -33,7 +33,17 @@ from gateway.core.money import decimal_text
 from gateway.core.preferences import parse_routing, routing_facts
 from gateway.core.routing import Preferences
 from gateway.core.sizes import shown
-from gateway.ports import Accounts, Chance, Clock, Key, Rates, Succession, Tenant
+from gateway.ports import (
+    Accounts,
+    Chance,
+    Clock,
+    Key,
+    KeyMark,
+    Mark,
+    Rates,
+    Succession,
+    Tenant,
+)
 
 KEY_ID_CHARS = 16
 KEY_ID_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -224,6 +234,12 @@ class ManageKeys:
     pepper: bytes
     announce: Callable[[Notice], Awaitable[None]] = _tell_nobody
     names: KeyNames = KeyNames()
+    who: str = "imageway"
+    """Whom the audit trail names."""
+
+    def acting_as(self, who: str) -> ManageKeys:
+        """Return the same for somebody else."""
+        return replace(self, who=who)
 
     async def create(
         self, tenant: Tenant, given: Mapping[str, object] | None = None
@@ -235,7 +251,7 @@ class ManageKeys:
         """
         made = self._drawn(tenant.id)
         made = NewKey(self._changed(made.key, given or {}), made.secret)
-        await self.accounts.add_key(made.key)
+        await self.accounts.add_key(made.key, self._mark("key.create"))
         return made
 
     async def page(
@@ -269,7 +285,7 @@ class ManageKeys:
         def change(key: Key) -> Key:
             return self._changed(_found(key, key_id, tenant_id), given)
 
-        key = await self.accounts.change_key(key_id, change)
+        key = await self.accounts.change_key(key_id, change, self._mark("key.change"))
         await self.announce(Notice(Topic.KEYS, key_id))
         return _found(key, key_id, tenant_id)
 
@@ -312,7 +328,7 @@ class ManageKeys:
             )
             return Succession(replace(key, limits=ends, rotated_to=after.id), after)
 
-        done = await self.accounts.rotate_key(key_id, rotate)
+        done = await self.accounts.rotate_key(key_id, rotate, self._mark("key.rotate"))
         if done is None:
             raise _not_found(key_id)
         await self.announce(Notice(Topic.KEYS, key_id))
@@ -325,12 +341,19 @@ class ManageKeys:
             NotFoundError: there is no such key.
         """
         _found(await self.accounts.key(key_id), key_id, tenant_id)
-        await self.accounts.revoke_key(key_id, now_ms=self.clock.now_ms())
+        await self.accounts.revoke_key(
+            key_id, now_ms=self.clock.now_ms(), mark=self._mark("key.revoke")
+        )
         await self.announce(Notice(Topic.KEYS, key_id))
 
     def facts(self, key: Key) -> dict[str, object]:
         """Write a key, as it is now, for operators and its tenant; never its secret."""
         return key_facts(key, self.clock.now_ms())
+
+    def _mark(self, what: str) -> KeyMark:
+        change_id = "chg_" + self.chance.token(KEY_ID_ALPHABET, KEY_ID_CHARS)
+        mark = Mark(change_id, self.who, self.clock.now_ms())
+        return KeyMark(mark, what, self.facts)
 
     def _drawn(self, tenant_id: str) -> NewKey:
         secret = rules.key_from(self.chance.token(rules.ALPHABET, rules.RANDOM_CHARS))

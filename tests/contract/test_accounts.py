@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gateway.adapters.sql.tenants import SqlTenants
 from gateway.core.errors import ConflictError, NotFoundError
 from gateway.core.ledger import Balance
 from gateway.core.routing import Preferences, Sort
+from gateway.core.statements import NEWEST
+from gateway.flows.keys import ManageKeys
 from gateway.ports import Key, Tenant
 from tests.contract.stores import BACKENDS, NOW_MS, TENANT, Stores, open_stores
+from tests.fakes import FakeChance, StillClock
 
 
 @pytest.fixture(params=BACKENDS)
@@ -143,3 +148,35 @@ async def test_a_reopened_database_keeps_tenants_and_keys(stores: Stores) -> Non
     await stores.reopen()
 
     assert await stores.accounts.keys(TENANT) == [a_key()]
+
+
+async def test_every_change_of_a_key_is_in_the_trail_with_how_it_was(
+    stores: Stores,
+) -> None:
+    await stores.fund(0)
+    keys = ManageKeys(
+        stores.accounts, StillClock(), FakeChance(), b"pepper", who="an admin"
+    )
+    made = await keys.create(Tenant(TENANT, "acme"))
+    key_id = made.key.id
+
+    await keys.change(key_id, {"requests_per_minute": 5})
+    new, _ = await keys.rotate(key_id)
+    await keys.revoke(new.key.id)
+    await keys.revoke(new.key.id)  # the second time changes nothing
+
+    told = await SqlTenants(stores.database).trail(TENANT, after=NEWEST, limit=50)
+    steps = {(each.what, each.subject) for each in told}
+    assert steps == {
+        ("key.create", key_id),
+        ("key.change", key_id),
+        ("key.rotate", key_id),
+        ("key.revoke", new.key.id),
+    }
+    assert {each.who for each in told} == {"an admin"}
+    (change,) = [each for each in told if each.what == "key.change"]
+    before, after = (
+        json.loads(each or "") for each in (change.before_json, change.after_json)
+    )
+    assert (before["requests_per_minute"], after["requests_per_minute"]) == (None, 5)
+    assert made.secret not in str(told)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_network
 
 from gateway.adapters.sql.database import Database, Row, Transaction
 from gateway.adapters.sql.key_use import count_or_not, read_use
 from gateway.adapters.sql.ledger import lock_account
+from gateway.adapters.sql.trail import trace
 from gateway.core.errors import ConflictError, NotFoundError
 from gateway.core.key_limits import USUAL_SCOPES, KeyLimits, KeyScope, KeyUse
 from gateway.core.ledger import Balance
 from gateway.core.preferences import routing_from_text, routing_text
 from gateway.core.terms import terms_from
 from gateway.core.webhooks import SECRETS_MAX, SigningKey, check_rotation
-from gateway.ports import Key, Succession, Tenant
+from gateway.ports import Key, KeyMark, Succession, Tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +47,14 @@ class SqlAccounts:
         )
         return [(Tenant(*row[:2]), Balance(*row[2:])) for row in rows]
 
-    async def add_key(self, key: Key) -> None:
+    async def add_key(self, key: Key, mark: KeyMark | None = None) -> None:
         """See ``Accounts``.
 
         Raises:
             NotFoundError: there is no such tenant.
             ConflictError: a key of that id or digest is there.
         """
-        await self.database.write(lambda tx: _add_key(tx, key))
+        await self.database.write(lambda tx: _add_key(tx, key, mark))
 
     async def key_by_digest(self, digest: bytes) -> Key | None:
         """See ``Accounts``."""
@@ -93,32 +94,37 @@ class SqlAccounts:
             lambda tx: _keys_page(tx, tenant_id, offset, limit)
         )
 
-    async def change_key(self, key_id: str, change: Callable[[Key], Key]) -> Key | None:
+    async def change_key(
+        self, key_id: str, change: Callable[[Key], Key], mark: KeyMark | None = None
+    ) -> Key | None:
         """See ``Accounts``."""
-        return await self.database.write(lambda tx: _change_key(tx, key_id, change))
+        return await self.database.write(
+            lambda tx: _change_key(tx, key_id, change, mark)
+        )
 
     async def rotate_key(
-        self, key_id: str, rotate: Callable[[Key, Sequence[Key]], Succession]
+        self,
+        key_id: str,
+        rotate: Callable[[Key, Sequence[Key]], Succession],
+        mark: KeyMark | None = None,
     ) -> Succession | None:
         """See ``Accounts``."""
-        return await self.database.write(lambda tx: _rotate_key(tx, key_id, rotate))
+        return await self.database.write(
+            lambda tx: _rotate_key(tx, key_id, rotate, mark)
+        )
 
     async def key_use(self, key_id: str) -> KeyUse | None:
         """See ``Accounts``."""
         today = self.database.dialect.today
         return await self.database.read(lambda tx: read_use(tx, today, key_id))
 
-    async def revoke_key(self, key_id: str, *, now_ms: int) -> bool:
+    async def revoke_key(
+        self, key_id: str, *, now_ms: int, mark: KeyMark | None = None
+    ) -> bool:
         """See ``Accounts``; a key revoked twice keeps the first time."""
-        changed = await self.database.write(
-            lambda tx: tx.run(
-                """UPDATE keys SET revoked_ms = COALESCE(revoked_ms, $2)
-                WHERE id = $1""",
-                key_id,
-                now_ms,
-            )
+        return await self.database.write(
+            lambda tx: _revoke_key(tx, key_id, now_ms, mark)
         )
-        return changed > 0
 
     async def signing_key(self, key_id: str) -> SigningKey | None:
         """See ``SigningKeys``."""
@@ -153,7 +159,30 @@ async def open_account(tx: Transaction, tenant: Tenant, now_ms: int) -> None:
     )
 
 
-async def _add_key(tx: Transaction, key: Key) -> None:
+async def _trace(
+    tx: Transaction, mark: KeyMark | None, before: Key | None, after: Key
+) -> None:
+    if mark is not None:
+        was = None if before is None else mark.facts(before)
+        told = trace(
+            mark.mark, mark.what, after.tenant_id, after.id, (was, mark.facts(after))
+        )
+        await tx.changes(told)
+
+
+async def _revoke_key(
+    tx: Transaction, key_id: str, now_ms: int, mark: KeyMark | None
+) -> bool:
+    key = await _locked_key(tx, key_id)
+    if key is None:
+        return False
+    if key.revoked_ms is None:
+        await tx.run("UPDATE keys SET revoked_ms = $2 WHERE id = $1", key_id, now_ms)
+        await _trace(tx, mark, key, replace(key, revoked_ms=now_ms))
+    return True
+
+
+async def _add_key(tx: Transaction, key: Key, mark: KeyMark | None = None) -> None:
     if not await tx.one("SELECT id FROM tenants WHERE id = $1", key.tenant_id):
         raise NotFoundError(f"there is no tenant {key.tenant_id!r}")
     added = await tx.run(
@@ -178,6 +207,7 @@ async def _add_key(tx: Transaction, key: Key) -> None:
         raise ConflictError(f"there is a key {key.id!r} or one equal to it already")
     if key.limits.counted:
         await count_or_not(tx, key.tenant_id, key.meter)
+    await _trace(tx, mark, None, key)
 
 
 async def _keys_page(
@@ -205,14 +235,21 @@ async def _locked_key(tx: Transaction, key_id: str) -> Key | None:
 
 
 async def _change_key(
-    tx: Transaction, key_id: str, change: Callable[[Key], Key]
+    tx: Transaction, key_id: str, change: Callable[[Key], Key], mark: KeyMark | None
 ) -> Key | None:
-    key = await _locked_key(tx, key_id)
-    return None if key is None else await _write_key(tx, change(key))
+    before = await _locked_key(tx, key_id)
+    if before is None:
+        return None
+    after = await _write_key(tx, change(before))
+    await _trace(tx, mark, before, after)
+    return after
 
 
 async def _rotate_key(
-    tx: Transaction, key_id: str, rotate: Callable[[Key, Sequence[Key]], Succession]
+    tx: Transaction,
+    key_id: str,
+    rotate: Callable[[Key, Sequence[Key]], Succession],
+    mark: KeyMark | None,
 ) -> Succession | None:
     key = await _locked_key(tx, key_id)
     if key is None:
@@ -221,6 +258,7 @@ async def _rotate_key(
     succession = rotate(key, [_key(row) for row in rows])
     await _add_key(tx, succession.after)
     before = await _write_key(tx, succession.before)
+    await _trace(tx, mark, key, before)
     return Succession(before, succession.after)
 
 
