@@ -23,9 +23,9 @@ PAGES = Path(__file__).parents[1] / "pages"
 FILES_MAX = 200
 FILE_MAX_BYTES = 4 * 1024 * 1024
 MEDIA_TYPES = {
-    ".css": "text/css; charset=utf-8",
-    ".html": "text/html; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
     ".json": "application/json",
     ".svg": "image/svg+xml",
 }
