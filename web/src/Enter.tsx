@@ -16,6 +16,7 @@ export function Enter() {
     refused.value = null;
     try {
       await enter(key.value);
+      document.getElementById("main")?.focus(); // the button that had it is gone
     } catch (error) {
       if (error instanceof ApiError) refused.value = error;
       else report(error);

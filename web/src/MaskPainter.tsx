@@ -6,7 +6,7 @@ import { mask, type Reference } from "./draft";
 import { report } from "./session";
 import { t } from "./words";
 
-const INK = "#ff2d6f";
+const INK = "#00e0ff";
 const BRUSH_FIRST = 12;
 const BRUSH_MAX = 40;
 /** The brush and its steps, in hundredths of the image's longer edge. */
@@ -37,6 +37,7 @@ export function MaskPainter({ reference, close }: Props) {
   const brush = useSignal(BRUSH_FIRST);
   const busy = useSignal(false);
   const drawing = useRef(false);
+  const rested = useRef<Point>({ x: 0, y: 0 });
   const room = useSignal("100%");
 
   useEffect(() => dialog.current?.showModal(), []);
@@ -128,6 +129,10 @@ export function MaskPainter({ reference, close }: Props) {
             begin(pointed(event));
           }}
           onPointerMove={(event) => {
+            // Browsers say so too when something moves under a pointer that rests: the
+            // brush stays where the keyboard put it.
+            if (event.clientX === rested.current.x && event.clientY === rested.current.y) return;
+            rested.current = { x: event.clientX, y: event.clientY };
             at.value = pointed(event);
             if (!drawing.current) return;
             strokes.current.at(-1)?.points.push(at.value);
@@ -191,16 +196,18 @@ function paint(canvas: HTMLCanvasElement, strokes: Stroke[]): void {
   const context = canvas.getContext("2d");
   if (!context) return;
   context.clearRect(0, 0, canvas.width, canvas.height);
-  context.strokeStyle = INK;
+  context.strokeStyle = context.fillStyle = INK;
   context.lineCap = "round";
   context.lineJoin = "round";
   for (const { points, width } of strokes) {
     const [first] = points;
     if (!first) continue;
+    // A line to where it began is none: a single touch is a dot of its own.
+    context.beginPath();
+    context.arc(first.x, first.y, width / 2, 0, 2 * Math.PI);
+    context.fill();
     context.lineWidth = width;
     context.beginPath();
-    context.moveTo(first.x, first.y);
-    context.lineTo(first.x, first.y);
     for (const { x, y } of points) context.lineTo(x, y);
     context.stroke();
   }

@@ -74,7 +74,7 @@ function Way() {
   return (
     <div class="way" data-routed={found.id} data-attempts={found.attempts.length}>
       <Failover attempts={found.attempts} />
-      <h3>{t("route.attempts")}</h3>
+      <h2>{t("route.attempts")}</h2>
       <ol class="attempts">
         {found.attempts.map((each) => (
           <Try key={each.seq} attempt={each} />
@@ -123,7 +123,7 @@ function Offers({ offers }: { offers: Offer[] }) {
   let place = 0;
   return (
     <>
-      <h3>{t("route.offers")}</h3>
+      <h2>{t("route.offers")}</h2>
       {offers.length === 0 ? (
         <p class="fine">{t("route.none")}</p>
       ) : (
@@ -180,7 +180,7 @@ function Tokens({ task }: { task: Task }) {
   ];
   return (
     <>
-      <h3>{t("route.tokens")}</h3>
+      <h2>{t("route.tokens")}</h2>
       <div class="wide">
         <table>
           <thead>

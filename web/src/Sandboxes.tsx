@@ -36,7 +36,7 @@ export function Sandboxes() {
   if (!found) return null;
   return (
     <section class="sandboxes" aria-labelledby="sandbox-title">
-      <h3 id="sandbox-title">{t("sandbox.title")}</h3>
+      <h2 id="sandbox-title">{t("sandbox.title")}</h2>
       <p class="fine">{found.length ? t("sandbox.how") : t("sandbox.none")}</p>
       {found.map((each) => (
         <Chips

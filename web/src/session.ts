@@ -20,10 +20,12 @@ export async function readSession(): Promise<void> {
 export async function enter(key: string): Promise<void> {
   session.value = await call<Session>("POST", "/ui/session", { body: { key } });
   entering.value = false;
+  trouble.value = null;
 }
 
 export async function leave(): Promise<void> {
   session.value = await call<Session>("DELETE", "/ui/session");
+  trouble.value = null;
 }
 
 /** Call, and show what is refused; undefined then. A session that is over is left. */
@@ -46,6 +48,8 @@ const OVER = new Set(["missing_api_key", "key_disabled"]);
 export function report(error: unknown): void {
   if (error instanceof DOMException && error.name === "AbortError") return;
   if (!(error instanceof ApiError)) throw error;
+  // What was on its way when somebody logged out.
+  if (OVER.has(error.code) && session.value && !session.value.key && !session.value.admin) return;
   trouble.value = error;
   if (error.status === 401 && OVER.has(error.code)) void readSession().catch(() => undefined);
 }
