@@ -187,7 +187,7 @@ class SessionApi:
     async def _in_use(self, key: str) -> bool:
         try:
             await self.authenticate(f"Bearer {key}")
-        except UnauthorizedError:
+        except (UnauthorizedError, ForbiddenError):
             return False
         return True
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -419,6 +420,51 @@ def test_all_of_it_works_without_a_mouse(user: User) -> None:
     expect(page.locator("pre")).to_contain_text("typed, not clicked")
 
 
+def test_the_console_shows_what_is_left_what_was_made_and_what_was_sent(
+    user: User,
+) -> None:
+    page = user.page
+    ask = {"prompt": "a fox", "size": "1:1", "quality": "low"}
+    with user.api() as api:
+        for number in range(21):
+            more = (
+                {"callback_url": "https://nowhere.example.com/hook"}
+                if number == 0
+                else {}
+            )
+            headers = {"prefer": "respond-async"}
+            path = "/v1/images/generations"
+            made = api.post(path, json=ask | more, headers=headers)
+            assert made.status_code == 200, made.text
+        while api.get("/v1/tasks?status=completed").json()["total"] < 21:
+            time.sleep(0.1)
+        first = api.get("/v1/tasks?page=2").json()["data"][-1]["id"]
+        left = api.get("/v1/credits").json()["data"]["user"]
+    page.get_by_role("link", name="Console").click()
+
+    balance = page.locator(".figures data")
+    expect(balance).to_have_count(3)
+    shown = [float(each.get_attribute("value") or "") for each in balance.all()]
+    assert shown == [left[f"{name}_credits"] for name in ("remaining", "held", "used")]
+    rows = page.get_by_role("region", name="Tasks").get_by_role("row")
+    expect(rows).to_have_count(21)
+    page.get_by_role("button", name="Older").click()
+    expect(rows).to_have_count(2)
+    page.get_by_role("combobox", name="State").select_option("failed")
+    expect(page.get_by_text("There is nothing yet.")).to_be_visible()
+    page.get_by_role("combobox", name="State").select_option("completed")
+    page.get_by_role("button", name="Older").click()
+
+    sent = page.get_by_role("region", name="Webhooks")
+    expect(sent.get_by_role("row")).to_have_count(2)
+    with page.expect_response("**/redeliver") as again:
+        sent.get_by_role("button", name="Send again").click()
+    assert again.value.status == 200
+    page.get_by_role("link", name=first).click()
+    expect(user.result()).to_have_attribute("data-task", first)
+    expect(page.locator(".history li")).to_have_count(20)
+
+
 LEFT_AS_THEY_ARE = {"API", "JPEG", "PNG", "WebP", "WEBP", "Cookie", "imageway", "USD"}
 LATIN_TEXT = """() => {
     const found = [];
@@ -463,6 +509,9 @@ def test_every_text_is_there_in_japanese(user: User) -> None:
     page.get_by_role("tab", name="コード").click()
     page.get_by_role("radio", name="Python").wait_for()
     assert foreign() <= {"IMAGEWAY", "KEY"}
+    page.get_by_role("link", name="コンソール").click()
+    page.get_by_role("link", name="task-unified").wait_for()
+    assert foreign() <= {"Webhook"}
     page.get_by_role("link", name="運用").click()
     page.get_by_role("rowheader", name="sandbox-fair").wait_for()
     assert foreign() == set()
@@ -523,6 +572,9 @@ def test_what_operators_and_telephones_show_is_accessible_too(visitor: User) -> 
     page.get_by_role("link", name="Operator").click()
     page.get_by_role("rowheader", name="sandbox-fair").wait_for()
     assert offences(visitor, "operator") == []
+    page.get_by_role("link", name="Console").click()
+    page.get_by_role("link", name="task-unified").wait_for()
+    assert offences(visitor, "console") == []
     page.set_viewport_size({"width": 360, "height": 780})
     page.get_by_role("link", name="Playground").click()
     visitor.pick("Aspect ratio", "1:1")

@@ -1,22 +1,25 @@
 // The frame: header, session, and the page that the address names.
 import { signal, useSignalEffect } from "@preact/signals";
 import { useEffect } from "preact/hooks";
+import { Console } from "./Console";
 import { readModels, watchPrice } from "./draft";
 import { theme, type Theme } from "./look";
 import { Operate } from "./Operate";
 import { Playground } from "./Playground";
 import { entering, leave, readSession, report, session, trouble } from "./session";
 import { Enter } from "./Enter";
-import { open, refresh, tasks, watchTasks } from "./tasks";
+import { open, readOpen, tasks, watchTasks } from "./tasks";
 import { Refusal } from "./Refusal";
 import { lang, t, type Lang } from "./words";
 
-type Place = "playground" | "operate";
+type Place = "playground" | "console" | "operate";
+const PLACES: Place[] = ["console", "operate"];
 const place = signal<Place>("playground");
 
 function readAddress(): void {
   const hash = location.hash;
-  place.value = hash === "#/operate" ? "operate" : "playground";
+  const named = PLACES.find((each) => hash === `#/${each}`);
+  place.value = named ?? "playground";
   const task = /^#\/t\/([\w-]+)$/.exec(hash);
   if (task?.[1]) open.value = task[1];
 }
@@ -37,8 +40,10 @@ export function App() {
       return;
     }
     readModels().catch(report);
-    refresh().catch(report);
   }, [key]);
+  useSignalEffect(() => {
+    readOpen().catch(report);
+  });
   useSignalEffect(() => {
     document.title = `imageway · ${t(`nav.${place.value}`)}`;
   });
@@ -66,6 +71,7 @@ function Inside() {
   if (!found) return null;
   if (entering.value || !(found.key || found.admin)) return <Enter />;
   if (place.value === "operate") return <Operate />;
+  if (place.value === "console") return <Console />;
   return <Playground />;
 }
 
@@ -81,6 +87,7 @@ function Header() {
       </a>
       <nav aria-label={t("nav.label")}>
         <NavLink to="playground" hash="#/" />
+        <NavLink to="console" hash="#/console" />
         <NavLink to="operate" hash="#/operate" />
       </nav>
       <div class="who">

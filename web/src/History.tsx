@@ -1,7 +1,7 @@
 // The last twenty, as the server has them.
 import { here } from "./api";
 import { State } from "./Result";
-import { asked, open, show, tasks, type Task } from "./tasks";
+import { asked, HISTORY_MAX, open, show, tasks, type Task } from "./tasks";
 import { t } from "./words";
 
 const MINUTE_S = 60;
@@ -9,7 +9,7 @@ const HOUR_S = 3600;
 const DAY_S = 86_400;
 
 export function History() {
-  const listed = tasks.value;
+  const listed = tasks.value?.slice(0, HISTORY_MAX);
   const count = (...states: string[]) => (listed ?? []).filter((e) => states.includes(e.status)).length;
   return (
     <section class="card history" aria-labelledby="history-title">

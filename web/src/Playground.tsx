@@ -1,15 +1,22 @@
 // Prompt on the left, what becomes of it on the right, what was before below.
+import { useEffect } from "preact/hooks";
 import { Code } from "./Code";
 import { Form } from "./Form";
 import { History } from "./History";
 import { Result } from "./Result";
 import { Route } from "./Route";
-import { entering, session } from "./session";
+import { entering, report, session } from "./session";
+import { refresh } from "./tasks";
 import { TABS, tab } from "./tabs";
 import { t } from "./words";
 
 export function Playground() {
-  if (!session.value?.key) return <NeedsKey />;
+  const key = session.value?.key;
+  // Whenever one comes back to it: others may have been at work with the same key.
+  useEffect(() => {
+    if (key) refresh().catch(report);
+  }, [key]);
+  if (!key) return <NeedsKey />;
   return (
     <>
       <h1 class="unseen">{t("nav.playground")}</h1>

@@ -43,7 +43,7 @@ export async function attempt<T>(
   }
 }
 
-const OVER = new Set(["missing_api_key", "key_disabled"]);
+const OVER = new Set(["missing_api_key", "key_disabled", "key_expired"]);
 
 export function report(error: unknown): void {
   if (error instanceof DOMException && error.name === "AbortError") return;

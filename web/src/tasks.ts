@@ -65,6 +65,16 @@ export async function refresh(): Promise<void> {
   void readBalance();
 }
 
+let sought = "";
+
+/** Read the open task, if it is older than what is listed. */
+export async function readOpen(): Promise<void> {
+  const id = open.value;
+  if (!id || !tasks.value || current.value || id === sought) return;
+  sought = id; // once: it may be another tenant's, or not there any more
+  await read([id]);
+}
+
 async function read(ids: string[], all = false): Promise<void> {
   if (!ids.length) {
     if (all) tasks.value = [];
