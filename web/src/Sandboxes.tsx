@@ -11,7 +11,6 @@ interface Sandbox {
   latency_ms: number;
   failure_rate: number;
   failure_kind: string;
-  purchases: { jobs: number; images: number };
 }
 
 const SLOW_MS = 8000;

@@ -4,7 +4,6 @@ export const en = {
   "nav.operate": "Operator",
   "nav.console": "Console",
   "nav.skip": "Skip to content",
-  "nav.status": "Readiness",
   "lang.label": "Language",
   "theme.label": "Colours",
   "theme.system": "As the system",
@@ -120,7 +119,6 @@ export const en = {
   "history.title": "History",
   "history.counts": "The last 20 · {running} in progress · {completed} completed",
   "history.none": "Nothing was made with this key yet.",
-  "history.open": "Open",
   "history.when": "{minutes} min ago",
   "history.now": "just now",
   "history.hours": "{hours} h ago",
@@ -134,8 +132,6 @@ export const en = {
   "route.chosen": "Choice {number}",
   "route.attempts": "Attempts",
   "route.attempt": "Attempt {number}",
-  "route.outcome": "Outcome",
-  "route.took": "Time",
   "route.ms": "{ms} ms",
   "route.tokens": "Tokens charged",
   "route.text": "Text in",
@@ -170,7 +166,6 @@ export const en = {
   "sandbox.hint":
     "Fails: answers 502. Is slow: takes eight seconds. Refuses: as moderation does, which is never tried elsewhere.",
   "sandbox.behaves": "How {upstream} behaves",
-  "sandbox.bought": "{jobs} bought",
 
   "code.language": "Language",
   "code.copy": "Copy",

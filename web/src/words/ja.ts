@@ -6,7 +6,6 @@ export const ja: Record<Word, string> = {
   "nav.operate": "運用",
   "nav.console": "コンソール",
   "nav.skip": "本文へ移動",
-  "nav.status": "稼働状況",
   "lang.label": "言語",
   "theme.label": "配色",
   "theme.system": "システムに合わせる",
@@ -122,7 +121,6 @@ export const ja: Record<Word, string> = {
   "history.title": "履歴",
   "history.counts": "最大 20 件・{running} 実行中・{completed} 完了",
   "history.none": "このキーではまだ何も作られていません。",
-  "history.open": "開く",
   "history.when": "{minutes} 分前",
   "history.now": "たった今",
   "history.hours": "{hours} 時間前",
@@ -136,8 +134,6 @@ export const ja: Record<Word, string> = {
   "route.chosen": "第 {number} 候補",
   "route.attempts": "試行",
   "route.attempt": "試行 {number}",
-  "route.outcome": "結果",
-  "route.took": "時間",
   "route.ms": "{ms} ミリ秒",
   "route.tokens": "請求したトークン",
   "route.text": "テキスト入力",
@@ -172,7 +168,6 @@ export const ja: Record<Word, string> = {
   "sandbox.hint":
     "失敗する：502 を返します。遅い：8 秒かかります。拒否する：審査による拒否で、ほかでは試されません。",
   "sandbox.behaves": "{upstream} の動作",
-  "sandbox.bought": "購入 {jobs} 件",
 
   "code.language": "プログラミング言語",
   "code.copy": "コピー",
