@@ -1,6 +1,13 @@
 # The gateway in an image: built in one stage, run from another, by a user that may write
 # nothing but the data volume. How to run it: docs/containers.md.
 
+FROM node:20.20.2-bookworm-slim AS web
+WORKDIR /build/web
+COPY web/package.json web/package-lock.json web/.npmrc ./
+RUN npm ci --no-update-notifier
+COPY web ./
+RUN npm run build
+
 FROM python:3.13.12-slim-bookworm AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1
@@ -15,6 +22,7 @@ COPY pyproject.toml README.md ./
 COPY gateway gateway
 COPY providers providers
 COPY config config
+COPY --from=web /build/gateway/pages /build/gateway/pages
 RUN /opt/builder/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir /opt/wheels . \
     && python -m pip --python /opt/imageway/bin/python install --no-deps --no-index --find-links /opt/wheels imageway
 

@@ -170,6 +170,7 @@ def _greet(settings: Settings, port: int, secret: str | None) -> None:
     url = settings.server.public_url or f"http://{shown}:{port}"
     click.echo(f"imageway runs at {url}  (stop it with Ctrl-C)")
     click.echo(f"  OpenAI base URL  {url}/v1")
+    click.echo(f"  playground       {url}/")
     click.echo(f"  data             {settings.storage.data_dir.resolve()}")
     names = ", ".join(upstream.name for upstream in settings.upstreams)
     click.echo(f"  upstreams        {names}")

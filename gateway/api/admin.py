@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
-from litestar import Response, route
+from litestar import Response, get, route
 from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath
 
@@ -79,7 +79,15 @@ def admin_routes(
         body = {"upstream": upstream, **tunable.snapshot()}
         return Response(msgspec.json.encode(body), media_type="application/json")
 
-    return [sandbox]
+    @get("/admin/v1/sandbox")
+    async def list_sandboxes(request: AnyRequest) -> Response[bytes]:
+        """List how every sandbox upstream behaves."""
+        gate.check(request.headers.get("authorization"))
+        data = [{"upstream": name, **t.snapshot()} for name, t in sandboxes.items()]
+        body = msgspec.json.encode({"object": "list", "data": data})
+        return Response(body, media_type="application/json")
+
+    return [sandbox, list_sandboxes]
 
 
 async def _body(request: AnyRequest) -> bytes:

@@ -1,4 +1,4 @@
-"""``/health/...``, ``/metrics`` and the front page: for operators and newcomers."""
+"""``/health/...``, ``/metrics`` and a plain front page: for operators, newcomers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>imageway</title>
 <body style="font:16px/1.5 system-ui;max-width:42rem;margin:4rem auto;padding:0 1rem">
 <h1>imageway</h1><p>The gateway runs. Point your OpenAI client at this address:
 <p><code>base_url = "http://&lt;this host&gt;/v1"</code>
+<p>The playground is not built here: <code>make web</code> does it, with Node 20.
 <p><a href="/health/ready">readiness</a> · <a href="/status">status</a>
 · <a href="/metrics">metrics</a></body>
 """
@@ -49,12 +50,7 @@ def health_routes(
         body, media_type = await metrics(request.headers.get("accept", ""))
         return Response(body, media_type=media_type)
 
-    @get("/", media_type="text/html")
-    async def front_page() -> str:
-        """Tell somebody with a browser what this is."""
-        return PAGE
-
-    return [live, ready, show_metrics, front_page]
+    return [live, ready, show_metrics]
 
 
 def _json(body: dict[str, object], status: int) -> Response[bytes]:

@@ -30,8 +30,10 @@ from gateway.api.images import Images, image_routes
 from gateway.api.keys import KeyAdmin, key_routes
 from gateway.api.links import Links, OpenLinks, link_routes
 from gateway.api.models import model_routes
+from gateway.api.pages import page_routes, read_pages
 from gateway.api.reload import Reload, reload_routes
 from gateway.api.render import Renderer
+from gateway.api.sessions import Cookies, SessionApi, Sessions, session_routes
 from gateway.api.status import status_routes
 from gateway.api.tasks import task_routes
 from gateway.api.tenants import WHO, TenantsApi, tenant_routes
@@ -289,7 +291,8 @@ def build_edition(
         link_to = links.at(settings.server.public_url.rstrip("/") or origin)
         return msgspec.json.encode(renderer.task(view, link_to))
 
-    inner = routed(
+    sessions = Sessions(books.secret, settings.server.public_url, clock, chance)
+    routes = routed(
         [
             *image_routes(images),
             *estimate_routes(authenticate, catalogue, settings.nanocredits_per_usd),
@@ -331,6 +334,8 @@ def build_edition(
                 )
             ),
             *reload_routes(gate, around.reload),
+            *session_routes(SessionApi(sessions, authenticate, gate)),
+            *page_routes(read_pages()),
             *upstream_routes(gate, upstreams),
             *explain_routes(
                 gate,
@@ -350,7 +355,7 @@ def build_edition(
     )
     return Edition(
         settings=settings,
-        inner=inner,
+        inner=Cookies(routes, sessions),
         runner=runner,
         worker=worker,
         admission=admission,
