@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sqlite3
 import tempfile
 import time
 from collections import Counter
@@ -22,7 +23,7 @@ from random import Random
 from bench.simulation.world import CAPABILITIES, Dice, NoBlobs, NoPicture, NoStudio
 from gateway.adapters.hot_memory import MemoryBoard
 from gateway.adapters.sql.accounts import SqlAccounts
-from gateway.adapters.sql.database import Operation, T
+from gateway.adapters.sql.database import Operation, StoreFailedError, T
 from gateway.adapters.sql.ledger import SqlLedger
 from gateway.adapters.sql.migrations import migrate
 from gateway.adapters.sql.reports import SqlReports
@@ -113,6 +114,9 @@ class InlineSqlite:
         self._connection.execute(begin)
         try:
             value = _drive(op(_SqliteTransaction(self._connection)))
+        except sqlite3.Error as error:
+            self._connection.execute("ROLLBACK")
+            raise StoreFailedError(str(error)) from error
         except BaseException:
             self._connection.execute("ROLLBACK")
             raise

@@ -108,6 +108,7 @@ def come_back(played: Rehearsal, upstream: str) -> None:
 
     All cheaper ones are down still: else nobody would ask this one.
     """
+    noticed(played, upstream)
     provider = played.providers[upstream]
     provider.restart()
     before, end_s = len(provider.earlier), time.monotonic() + BACK_MAX_S
@@ -116,9 +117,16 @@ def come_back(played: Rehearsal, upstream: str) -> None:
         new = Counter(bought["operation"] for bought in provider.purchases()[before:])
         shut = played.breaker(upstream) == "closed"
         if shut and min(new["generate"], new["edit"]) >= PROBES_TO_CLOSE:
-            assert played.openings(upstream) >= 1
             return
     raise AssertionError(f"{upstream} was not bought from again")
+
+
+def noticed(played: Rehearsal, upstream: str) -> None:
+    """Go on asking until the breaker of one that was killed has opened."""
+    end_s = time.monotonic() + BACK_MAX_S
+    while played.openings(upstream) < 1:
+        assert time.monotonic() < end_s, f"nobody noticed the end of {upstream}"
+        played.ask(1, f"{upstream} is gone", plain=True)
 
 
 def hanging(played: Rehearsal) -> None:

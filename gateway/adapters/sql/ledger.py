@@ -767,9 +767,10 @@ CHECKS = (
     Check(
         "I9",
         "every refund entry has its refund",
-        """SELECT txn_id, 0, nanocredits FROM entries WHERE kind = 'refund'
-        AND txn_id NOT IN
-            (SELECT 'refund:' || tenant_id || ':' || reference FROM refunds)""",
+        """SELECT e.txn_id, 0, e.nanocredits FROM entries e
+        JOIN (SELECT txn_id FROM entries WHERE kind = 'refund'
+            EXCEPT SELECT 'refund:' || tenant_id || ':' || reference FROM refunds) x
+        ON x.txn_id = e.txn_id""",
     ),
     # SQLite would keep a fraction in a column of whole numbers.
     Check(
