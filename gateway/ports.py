@@ -756,7 +756,7 @@ class TaskStore(Protocol):
         """Settle the hold and close the task, once.
 
         A second call for the same task changes nothing and returns what the first
-        one did.
+        one did, as ``again``.
         """
         ...
 
