@@ -197,7 +197,9 @@ def _scrub(
             fields[name] = "[secret]"
         elif isinstance(value, str):
             whole = name == "exception"
-            fields[name] = _SECRET.sub("[secret]", value) if whole else scrubbed(value)
+            clean = _SECRET.sub("[secret]", value) if whole else scrubbed(value)
+            # JSON takes no half of a surrogate pair; a line must never be refused.
+            fields[name] = clean.encode(errors="backslashreplace").decode()
     return fields
 
 

@@ -70,6 +70,18 @@ class FullDisk(io.StringIO):
         raise OSError(28, "No space left on device")
 
 
+def test_what_is_no_text_is_told_all_the_same() -> None:
+    out = io.StringIO()
+    log = LogListener(out)
+
+    log.on_event(replace(ATTEMPT, detail="half a pair: \ud83d"))
+    log.on_crash(ValueError("half a pair: \ud83d"), "somewhere")
+
+    attempt, crash = map(json.loads, out.getvalue().splitlines())
+    assert attempt["detail"] == "half a pair: \\ud83d"
+    assert "half a pair: \\ud83d" in crash["exception"]
+
+
 def test_a_sink_that_fails_costs_lines_and_nothing_else() -> None:
     log = LogListener(FullDisk())
 
