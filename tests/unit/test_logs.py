@@ -40,6 +40,11 @@ ATTEMPT = AttemptFinished(
         "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl",
         "data:image/png;base64," + "A" * 100,
         "http://h/files/results/a/0.png?expires=1&signature=abc-DEF_123",
+        "https://b.s3.test/0.png?X-Amz-Date=1&X-Amz-Signature=0123456789abcdef",
+        "https://a.blob.test/0.png?sv=1&sig=abc%2Fdef%2B0123456789%3D",
+        "Authorization: Key 01234567-89ab-cdef-0123-456789abcdef:0123456789abcdef",
+        "r8_0123456789abcdefghijABCDEFGHIJ",
+        "redis://:correct-horse-battery@h",
     ],
 )
 def test_what_looks_like_a_secret_is_taken_out(secret: str) -> None:
