@@ -345,8 +345,9 @@ def _day(at_ms: int) -> str:
 
 def _answer(body: bytes, media_type: str) -> Response[bytes]:
     headers = {
+        "content-type": media_type,  # so that no charset is added to it
         "content-security-policy": POLICY,
         "cache-control": f"public, max-age={FRESH_S}",
         "referrer-policy": "no-referrer",
     }
-    return Response(body, media_type=media_type, headers=headers)
+    return Response(body, headers=headers)

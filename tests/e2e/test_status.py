@@ -118,6 +118,17 @@ async def test_the_page_needs_no_script_and_lets_none_in(there: Inside) -> None:
     assert "prefers-color-scheme:dark" in answer.text
 
 
+@pytest.mark.parametrize(
+    "path", ["/status", "/status.json", "/status/feed.atom", "/metrics"]
+)
+async def test_the_media_type_is_told_with_its_charset_once(
+    there: Inside, path: str
+) -> None:
+    told = (await there.client.get(path)).headers["content-type"]
+
+    assert told.count("charset") == (0 if path.endswith("json") else 1)
+
+
 async def test_the_badge_tells_thirty_days_of_a_model_or_of_all(there: Inside) -> None:
     await history(there)
 
