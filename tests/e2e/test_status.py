@@ -162,6 +162,17 @@ async def test_whatever_a_host_or_a_model_is_called_it_is_text() -> None:
     ]
 
 
+@pytest.mark.parametrize("failed", [0, 9])
+def test_a_feed_that_says_nothing_new_is_the_same(failed: int) -> None:
+    def feed(at_ms: int) -> bytes:
+        slot = Slot(MODEL, 9 * SLOT_MS, Count(0, failed))
+        incidents = tuple(incidents_of([slot], at_ms))
+        assert all(incident.until_ms is None for incident in incidents)
+        return feed_of(Report(at_ms, (), (), incidents), "http://h")
+
+    assert feed(10 * SLOT_MS + 1) == feed(10 * SLOT_MS + 20_000)
+
+
 async def test_names_of_upstreams_are_hidden_where_tenants_may_not_know_them(
     tmp_path: Path,
 ) -> None:
