@@ -325,6 +325,14 @@ class Backlog:
 
 
 @dataclass(frozen=True, slots=True)
+class Cancelling:
+    """The state of a task that was cancelled; ``ended`` by this call, not before."""
+
+    state: TaskState
+    ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
     """What renewing a lease tells: whether it still holds, and whether to stop."""
 
@@ -756,7 +764,7 @@ class TaskStore(Protocol):
         """Settle the hold and close the task, once.
 
         A second call for the same task changes nothing and returns what the first
-        one did.
+        one did, as ``again``.
         """
         ...
 
@@ -880,10 +888,10 @@ class Queue(Protocol):
 
     async def cancel(
         self, task_id: str, tenant_id: str, *, now_ms: int
-    ) -> TaskState | None:
+    ) -> Cancelling | None:
         """Cancel a pending task, or ask the worker of a running one to stop.
 
-        Returns the state after it; None if the tenant has no such task.
+        Returns what came of it; None if the tenant has no such task.
         """
         ...
 

@@ -414,7 +414,9 @@ class MemoryStore:
         task = self.tasks[end.task_id]
         if task.state.final:
             return Settled(
-                task.charged_nanocredits or 0, task.absorbed_nanocredits or 0
+                task.charged_nanocredits or 0,
+                task.absorbed_nanocredits or 0,
+                again=True,
             )
         self.trail.append(f"finish {end.state.value}")
         if end.forget_key:

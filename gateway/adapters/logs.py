@@ -43,7 +43,9 @@ _EXPECTED = frozenset({"done", "invalid_request", "content_policy", "cancelled"}
 _SECRET = re.compile(
     r"(iwk_live_[0-9A-Za-z]{2})[0-9A-Za-z]+|\bsk-[\w-]{8,}|(?i:bearer)\s+\S+"
     r"|eyJ[\w-]+\.[\w-]+\.[\w-]*|data:[^,\s]{0,64},[A-Za-z0-9+/=]{64,}"
-    r"|(?<=signature=)[\w-]+|whsec_[\w+/=]+"
+    r"|(?i:(?<=signature=)|(?<=[?&]sig=)|(?<=security-token=))[\w%.~+/=-]+"
+    r"|whsec_[\w+/=]+|\br8_\w{8,}|(?<=://)[^\s/:@]*:[^\s/@]+(?=@)"
+    r"|\b[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}:[0-9a-f]{16,}"
 )
 _SECRET_NAME = re.compile(
     r"prompt|authorization|password|(\w+_)?(secret|token|api_key|credential)"
@@ -197,7 +199,9 @@ def _scrub(
             fields[name] = "[secret]"
         elif isinstance(value, str):
             whole = name == "exception"
-            fields[name] = _SECRET.sub("[secret]", value) if whole else scrubbed(value)
+            clean = _SECRET.sub("[secret]", value) if whole else scrubbed(value)
+            # JSON takes no half of a surrogate pair; a line must never be refused.
+            fields[name] = clean.encode(errors="backslashreplace").decode()
     return fields
 
 

@@ -246,6 +246,8 @@ class Metrics:
         """Where circuits stand, those of offers that are out of the configuration too:
         they may come back."""
         self._upstreams: set[str] = set()
+        self._drained: set[str] = set()
+        """Those too that are not in the configuration yet: a reload tells first."""
         self._counters: dict[str, Callable[..., Counter]] = {}
         self._histograms: dict[str, Callable[..., Histogram]] = {}
         self._gauges: dict[str, Gauge] = {}
@@ -411,9 +413,7 @@ class Metrics:
     def _preset_offer(self, offer: Offer) -> None:
         upstream, variant = offer.upstream, offer.variant
         if upstream not in self._upstreams:
-            self._upstreams.add(upstream)
-            self._gauges["upstream_up"].labels(upstream).set(1)
-        self._gauges["upstream_drained"].labels(upstream)
+            self._preset_upstream(upstream)
         for result in RESULTS:
             self._counters["upstream_attempts"](upstream, variant, result)
         for name in ("upstream_cost_usd", "waste_usd"):
@@ -427,6 +427,13 @@ class Metrics:
                 self._show_state(circuit, self._told.get(circuit, "closed"))
             for state in STATES:
                 self._counters["circuit_transitions"](*circuit, state)
+
+    def _preset_upstream(self, upstream: str) -> None:
+        self._upstreams.add(upstream)
+        self._gauges["upstream_up"].labels(upstream).set(1)
+        drained = self._gauges["upstream_drained"].labels(upstream)
+        if upstream in self._drained:  # else others may know it better
+            drained.set(1)
 
     def _forget_states(self, offers: Iterable[Offer]) -> None:
         kept = {(offer.upstream, offer.variant) for offer in offers}
@@ -536,9 +543,16 @@ class Metrics:
             case StoreChanged():
                 self._gauges["picture_store_away"].set(event.state == "away")
             case UpstreamChanged():
-                if event.change != "reset" and event.upstream in self._upstreams:
-                    gauge = self._gauges["upstream_drained"].labels(event.upstream)
-                    gauge.set(event.change == "drained")
+                self._on_drain(event)
+
+    def _on_drain(self, event: UpstreamChanged) -> None:
+        if event.change == "reset":
+            return
+        drained = event.change == "drained"
+        change = self._drained.add if drained else self._drained.discard
+        change(event.upstream)
+        if event.upstream in self._upstreams:
+            self._gauges["upstream_drained"].labels(event.upstream).set(drained)
 
     def _on_other(
         self, event: WebhookTried | ConfigRead | PressureChanged | Journaled

@@ -77,8 +77,9 @@ class Tracer:
         self.processor.shutdown()
 
     def _request(self, event: RequestFinished) -> None:
-        # Only what asks for pictures begins a task; who reads one is a trace apart.
-        begins = event.task_id is not None and event.route in PICTURE_ROUTES
+        # Only who first asks for pictures begins a task; who asks again, or reads one,
+        # is a trace apart.
+        begins = event.route in PICTURE_ROUTES and not event.repeats
         trace = event.task_id if begins and event.task_id else event.request_id
         failed = event.error_code if event.status >= 500 else None  # noqa: PLR2004
         self._end(

@@ -96,6 +96,7 @@ class Front:
                 tenant_id=note.tenant_id,
                 key_id=note.key_id,
                 client_gone=note.client_gone,
+                repeats=note.repeats,
                 asked=asked,
                 outcome=note.outcome.value if asked and note.outcome else None,
             )

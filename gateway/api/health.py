@@ -48,7 +48,8 @@ def health_routes(
     async def show_metrics(request: AnyRequest) -> Response[bytes]:
         """Show the metrics in Prometheus' text format, or in OpenMetrics."""
         body, media_type = await metrics(request.headers.get("accept", ""))
-        return Response(body, media_type=media_type)
+        # As a header: the framework would name the charset of a text again.
+        return Response(body, headers={"content-type": media_type})
 
     return [live, ready, show_metrics]
 

@@ -47,6 +47,8 @@ class RequestNote:
     key_id: str | None = None
     error_code: str | None = None
     client_gone: bool = False
+    repeats: bool = False
+    """It asked again for what an earlier request had begun."""
     address: str = ""
     """Where the request comes from."""
     operation: str | None = None

@@ -356,7 +356,7 @@ class Images:
         return Work(asyncio.ensure_future(joined), as_links=as_links, kept=True)
 
     def _joined(self, note: RequestNote, key: Key, ask: Ask, task_id: str) -> Work:
-        note.task_id, note.operation = task_id, None
+        note.task_id, note.operation, note.repeats = task_id, None, True
         note.headers["idempotency-replayed"] = "true"
         if ask.delivery.mode is DeliveryMode.ASYNC:
             return self._queued(note, key, ask, task_id)

@@ -30,6 +30,7 @@ from gateway.core.uptime import (
     State,
     Uptime,
     day_of,
+    slot_of,
 )
 from gateway.flows.uptime import ReadUptime, Report
 
@@ -194,14 +195,16 @@ def feed_of(report: Report, origin: str) -> bytes:
     """Write the incidents as an Atom feed, the latest first."""
     link = escape(f"{origin}/status")
     shown = report.incidents[:FEED_MAX_INCIDENTS]
-    ends = [each.until_ms or report.at_ms for each in shown]
+    # What lasts is news once a slot, not each time that somebody looks.
+    lately_ms = slot_of(report.at_ms)
+    ends = [each.until_ms or lately_ms for each in shown]
     parts = [
         (
             '<?xml version="1.0" encoding="utf-8"?>\n'
             '<feed xmlns="http://www.w3.org/2005/Atom"><title>Incidents</title>'
             f"<id>{link}</id><author><name>imageway</name></author>"
             f'<link href="{link}"/><link rel="self" href="{link}/feed.atom"/>'
-            f"<updated>{_stamp(max(ends, default=report.at_ms))}</updated>"
+            f"<updated>{_stamp(max(ends, default=lately_ms))}</updated>"
         )
     ]
     for each in shown:
@@ -211,7 +214,7 @@ def feed_of(report: Report, origin: str) -> bytes:
             f"<entry><id>{link}#{mark}</id><title>{escape(_headline(each))}</title>"
             f'<link href="{link}"/>'
             f"<published>{_stamp(each.since_ms)}</published>"
-            f"<updated>{_stamp(each.until_ms or report.at_ms)}</updated>"
+            f"<updated>{_stamp(each.until_ms or lately_ms)}</updated>"
             f'<content type="text">{escape(_story(each))}</content></entry>'
         )
     return ("".join(parts) + "</feed>\n").encode()
@@ -345,8 +348,9 @@ def _day(at_ms: int) -> str:
 
 def _answer(body: bytes, media_type: str) -> Response[bytes]:
     headers = {
+        "content-type": media_type,  # so that no charset is added to it
         "content-security-policy": POLICY,
         "cache-control": f"public, max-age={FRESH_S}",
         "referrer-policy": "no-referrer",
     }
-    return Response(body, media_type=media_type, headers=headers)
+    return Response(body, headers=headers)

@@ -37,6 +37,8 @@ class RequestFinished:
     tenant_id: str | None = None
     key_id: str | None = None
     client_gone: bool = False
+    repeats: bool = False
+    """It asked again for ``task_id``, which an earlier request had begun."""
     asked: Asked | None = None
     outcome: str | None = None
 

@@ -7,7 +7,7 @@ tests run them again, apart from the store.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 REVENUE = "revenue"
 GRANTS = "grants"
@@ -53,6 +53,8 @@ class Settled:
 
     charged: int
     absorbed: int = 0
+    again: bool = field(default=False, compare=False)
+    """It had been closed before: this time nothing has changed."""
 
 
 def hold(balance: Balance, nanocredits: int) -> Balance | None:

@@ -111,7 +111,7 @@ class Recovery:
             "The gateway stopped while it worked on this task. You were not charged. "
             "Send the request again."
         )
-        await self.store.finish(
+        settled = await self.store.finish(
             TaskEnd(
                 task_id=task.id,
                 state=TaskState.FAILED,
@@ -120,6 +120,8 @@ class Recovery:
                 forget_key=True,
             )
         )
+        if settled.again:
+            return  # whoever was first tells of it: every process looks for these
         now_ms = self.clock.now_ms()
         self.events.emit(
             ended_empty(task, TaskState.FAILED, outcome, now_ms, error.code)

@@ -251,14 +251,13 @@ class ManageTasks:
                 code="task_not_cancellable",
             )
         now_ms = self.clock.now_ms()
-        state = await self.queue.cancel(task_id, tenant_id, now_ms=now_ms)
+        found = await self.queue.cancel(task_id, tenant_id, now_ms=now_ms)
         after = await self.read_task(task_id, tenant_id)
         # One that no worker has begun ends here: nobody else tells of it.
-        waited = before.state is TaskState.PENDING
         record, events = after.record, self.events
-        if state is TaskState.CANCELLED and waited and record is not None and events:
+        if found is not None and found.ended and record is not None and events:
             outcome = RequestOutcome.CANCELLED
-            events.emit(ended_empty(record, state, outcome, now_ms))
+            events.emit(ended_empty(record, found.state, outcome, now_ms))
         return after
 
 

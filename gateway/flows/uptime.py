@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gateway.core import uptime
+from gateway.core.errors import OutcomeUnknownError
 from gateway.core.events import AttemptFinished, Event, RequestFinished, TaskFinished
 from gateway.core.uptime import Count, Incident, Kind, Slot, Subject, Uptime
 from gateway.ports import Clock, UptimeBook
@@ -32,6 +33,7 @@ class KeepUptime:
     clock: Clock
     _served: Counter[tuple[Subject, int]] = field(default_factory=Counter)
     _failed: Counter[tuple[Subject, int]] = field(default_factory=Counter)
+    _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def on_event(self, event: Event) -> None:
         """Count one event."""
@@ -52,7 +54,18 @@ class KeepUptime:
                 pass
 
     async def add(self) -> None:
-        """Add to the books what was counted; it stays where that fails."""
+        """Add to the books what was counted; it stays where that fails.
+
+        What may be in the books all the same is not added again. Who is cancelled
+        meanwhile does not stop it: the next call waits for its end.
+        """
+        await asyncio.shield(asyncio.ensure_future(self._add()))
+
+    async def _add(self) -> None:
+        async with self._one_at_a_time:
+            await self._add_counted()
+
+    async def _add_counted(self) -> None:
         served, self._served = self._served, Counter()
         failed, self._failed = self._failed, Counter()
         if not served and not failed:
@@ -64,6 +77,8 @@ class KeepUptime:
         ]
         try:
             await self.book.add(slots)
+        except OutcomeUnknownError:
+            raise  # a few that are lost say less that is wrong than some told twice
         except BaseException:
             self._served.update(served)
             self._failed.update(failed)

@@ -196,9 +196,10 @@ async def test_a_cancelled_task_gives_all_back(stores: Stores) -> None:
     key = await a_key(stores, total_nanocredits=100, concurrent_tasks=1)
     await open_task(stores, key, "task-1", mode=DeliveryMode.ASYNC, order_json="{}")
 
-    state = await stores.queue.cancel("task-1", TENANT, now_ms=NOW_MS)
+    found = await stores.queue.cancel("task-1", TENANT, now_ms=NOW_MS)
 
-    assert state is TaskState.CANCELLED
+    assert found is not None
+    assert found.state is TaskState.CANCELLED
     await open_task(stores, key, "task-2")
     assert await stores.broken() == set()
 

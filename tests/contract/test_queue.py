@@ -20,7 +20,7 @@ from gateway.core.tasks import (
     TaskState,
 )
 from gateway.flows.tasks import Listed, ManageTasks, ReadTask
-from gateway.ports import Claimed, Lease, NewTask, TaskFilter, Tenant
+from gateway.ports import Cancelling, Claimed, Lease, NewTask, TaskFilter, Tenant
 from tests.contract.stores import (
     BACKENDS,
     NOW_MS,
@@ -317,10 +317,12 @@ async def test_a_tenant_may_have_a_thousand_waiting(stores: Stores) -> None:
 async def test_a_waiting_task_is_cancelled_at_once_and_for_free(stores: Stores) -> None:
     await stores.tasks.open(queued())
 
-    state = await stores.queue.cancel("task-1", TENANT, now_ms=NOW_MS)
+    first = await stores.queue.cancel("task-1", TENANT, now_ms=NOW_MS)
+    again = await stores.queue.cancel("task-1", TENANT, now_ms=NOW_MS)
 
     balance = await stores.ledger.balance(TENANT)
-    assert state is TaskState.CANCELLED
+    assert first == Cancelling(TaskState.CANCELLED, ended=True)
+    assert again == Cancelling(TaskState.CANCELLED)
     assert await claim(stores) is None
     assert balance is not None
     assert (balance.held, balance.spent) == (0, 0)
@@ -334,10 +336,10 @@ async def test_the_worker_of_a_running_task_hears_that_it_is_cancelled(
     claimed = await claim(stores)
     assert claimed is not None
 
-    state = await stores.queue.cancel("task-1", TENANT, now_ms=NOW_MS)
+    found = await stores.queue.cancel("task-1", TENANT, now_ms=NOW_MS)
     lease = await stores.queue.renew("task-1", 1, now_ms=NOW_MS, lease_ms=LEASE_MS)
 
-    assert state is TaskState.PROCESSING
+    assert found == Cancelling(TaskState.PROCESSING)
     assert lease == Lease(held=True, cancelled=True)
 
 

@@ -502,7 +502,7 @@ async def test_the_first_end_of_a_task_stands(stores: Stores) -> None:
     await stores.fund(300)
     await stores.tasks.open(a_task())
     await stores.tasks.begin_attempt(an_attempt())
-    await stores.tasks.finish(
+    first = await stores.tasks.finish(
         an_end(attempts=(a_won_attempt(),), results=(a_result(),))
     )
     before = await stores.tasks.get("task-1")
@@ -513,6 +513,7 @@ async def test_the_first_end_of_a_task_stands(stores: Stores) -> None:
     )
 
     assert again == dearer == Settled(charged=60)
+    assert [each.again for each in (first, again, dearer)] == [False, True, True]
     assert await stores.tasks.get("task-1") == before
     assert await stores.balance() == Balance(posted=240, spent=60)
 

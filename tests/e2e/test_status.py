@@ -6,13 +6,14 @@ import asyncio
 import base64
 import hashlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
 
 from gateway.api.status import feed_of, page_of
+from gateway.core.errors import OutcomeUnknownError
 from gateway.core.uptime import (
     DAY_MS,
     SLOT_MS,
@@ -25,6 +26,7 @@ from gateway.core.uptime import (
     uptime_of,
 )
 from gateway.flows.uptime import Report
+from gateway.ports import UptimeBook
 from tests.inside import Inside, inside
 
 MODEL = (Kind.MODEL, "gpt-image-2")
@@ -116,6 +118,17 @@ async def test_the_page_needs_no_script_and_lets_none_in(there: Inside) -> None:
     assert "prefers-color-scheme:dark" in answer.text
 
 
+@pytest.mark.parametrize(
+    "path", ["/status", "/status.json", "/status/feed.atom", "/metrics"]
+)
+async def test_the_media_type_is_told_with_its_charset_once(
+    there: Inside, path: str
+) -> None:
+    told = (await there.client.get(path)).headers["content-type"]
+
+    assert told.count("charset") == (0 if path.endswith("json") else 1)
+
+
 async def test_the_badge_tells_thirty_days_of_a_model_or_of_all(there: Inside) -> None:
     await history(there)
 
@@ -149,6 +162,17 @@ async def test_whatever_a_host_or_a_model_is_called_it_is_text() -> None:
     ]
 
 
+@pytest.mark.parametrize("failed", [0, 9])
+def test_a_feed_that_says_nothing_new_is_the_same(failed: int) -> None:
+    def feed(at_ms: int) -> bytes:
+        slot = Slot(MODEL, 9 * SLOT_MS, Count(0, failed))
+        incidents = tuple(incidents_of([slot], at_ms))
+        assert all(incident.until_ms is None for incident in incidents)
+        return feed_of(Report(at_ms, (), (), incidents), "http://h")
+
+    assert feed(10 * SLOT_MS + 1) == feed(10 * SLOT_MS + 20_000)
+
+
 async def test_names_of_upstreams_are_hidden_where_tenants_may_not_know_them(
     tmp_path: Path,
 ) -> None:
@@ -179,6 +203,37 @@ async def test_while_the_database_is_away_counts_wait(there: Inside) -> None:
     assert sum(s.count.served for s in await book.slots(0) if s.subject == MODEL) == 2
 
 
+async def test_an_end_in_the_middle_of_adding_counts_nothing_twice(
+    there: Inside,
+) -> None:
+    await there.ask()
+    book, kept = there.books.uptime, there.gateway.standing.uptime
+    slow = Slow(book)
+    kept.book = slow
+
+    chore = asyncio.create_task(kept.add())
+    await slow.begun.wait()
+    chore.cancel()
+    await asyncio.wait({chore})
+    last = asyncio.create_task(kept.add())
+    slow.go_on.set()
+    await last
+
+    assert sum(s.count.served for s in await book.slots(0) if s.subject == MODEL) == 1
+
+
+async def test_what_may_be_in_the_books_is_not_added_again(there: Inside) -> None:
+    await there.ask()
+    book, kept = there.books.uptime, there.gateway.standing.uptime
+    kept.book = Unsure(book)
+    with pytest.raises(OutcomeUnknownError):
+        await kept.add()
+    kept.book = book
+    await kept.add()
+
+    assert sum(s.count.served for s in await book.slots(0) if s.subject == MODEL) == 1
+
+
 async def test_however_often_it_is_asked_for_the_books_are_read_once(
     there: Inside,
 ) -> None:
@@ -192,7 +247,7 @@ async def test_however_often_it_is_asked_for_the_books_are_read_once(
 class Away:
     """A book that takes nothing."""
 
-    async def add(self, slots: object) -> None:
+    async def add(self, slots: Iterable[Slot]) -> None:
         raise ConnectionError
 
     async def slots(self, since_ms: int) -> list[Slot]:
@@ -206,3 +261,30 @@ class Away:
 
     async def forget(self, before_ms: int) -> int:
         return 0
+
+
+class Slow(Away):
+    """A book that takes everything, when it is told to go on, whoever waits."""
+
+    def __init__(self, book: UptimeBook) -> None:
+        self.book = book
+        self.begun, self.go_on = asyncio.Event(), asyncio.Event()
+
+    async def add(self, slots: Iterable[Slot]) -> None:
+        async def late() -> None:
+            await self.go_on.wait()
+            await self.book.add(slots)
+
+        self.begun.set()
+        await asyncio.shield(asyncio.create_task(late()))
+
+
+class Unsure(Away):
+    """A book that takes everything, and fails to say so."""
+
+    def __init__(self, book: UptimeBook) -> None:
+        self.book = book
+
+    async def add(self, slots: Iterable[Slot]) -> None:
+        await self.book.add(slots)
+        raise OutcomeUnknownError("It failed while it committed.")

@@ -117,6 +117,26 @@ async def test_a_request_that_fell_over_is_one_trace_with_each_call(
     assert len({s.trace_id for s in collector.spans}) == 2
 
 
+async def test_a_repetition_is_no_second_begin_of_its_task(tmp_path: Path) -> None:
+    body, once = {"model": "gpt-image-2", "prompt": "x"}, {"idempotency-key": "a"}
+    with collecting() as collector:
+        where = {"tracing.endpoint": collector.url}
+        async with inside(tmp_path, overrides=where) as there:
+            first, again = [
+                await there.client.post(
+                    "/v1/images/generations", json=body, headers=once
+                )
+                for _ in range(2)
+            ]
+
+    ids = [(span.trace_id, span.span_id) for span in collector.spans]
+    task_id = first.headers["x-task-id"]
+    asked = [s for s in collector.spans if facts(s).get("imageway.task_id") == task_id]
+    assert again.headers["x-task-id"] == task_id
+    assert len(ids) == len(set(ids))
+    assert [s.kind for s in asked].count(SERVER) == 2
+
+
 async def test_a_collector_that_is_not_there_costs_no_request(tmp_path: Path) -> None:
     nowhere = {"tracing.endpoint": "http://127.0.0.1:9/v1/traces"}
     async with inside(tmp_path, overrides=nowhere) as there:

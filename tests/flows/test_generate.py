@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -29,7 +31,7 @@ from gateway.flows.generate import STORE_AWAY_MAX_MS, Accepted, Generate, Later
 from gateway.flows.recovery import BEATS_BEFORE_JUDGING, LEAVE_MAX_S, Recovery
 from gateway.flows.results import Results
 from gateway.flows.tasks import TaskView
-from gateway.ports import Key, NewAttempt
+from gateway.ports import Key, NewAttempt, TaskRecord
 from providers.kit.contract import (
     Billed,
     Capabilities,
@@ -46,6 +48,7 @@ from tests.fakes import (
     FakePayload,
     FakeProcesses,
     MemoryBlobs,
+    MemoryStore,
     OneBalance,
     RelabellingStudio,
     ScriptedProvider,
@@ -592,6 +595,30 @@ async def test_what_a_dead_process_left_is_failed_for_free_and_booked() -> None:
     assert task.attempts[0].state is AttemptState.FAILED
     assert counter.store.balance == RICH
     assert counter.store.waste_nanousd == CENT
+
+
+async def test_of_a_task_that_two_processes_find_left_one_tells() -> None:
+    class Both:
+        """Shows each of two what is open before either closes it."""
+
+        def __init__(self, store: MemoryStore) -> None:
+            self.finish = store.finish
+            self.store, self.read = store, asyncio.Barrier(2)
+
+        async def orphaned(self, limit: int) -> Sequence[TaskRecord]:
+            found = await self.store.orphaned(limit)
+            await self.read.wait()
+            return found
+
+    counter = Counter(cheap=ScriptedProvider(delivered()))
+    await counter.generate.accept("task-unified-1-aaaaaaaa", counter.request(), KEY)
+    store: Any = Both(counter.store)
+    first, second = (replace(recovery_of(counter), store=store) for _ in range(2))
+
+    await asyncio.gather(first.after_start(alone=True), second.after_start(alone=True))
+
+    told = [e for e in counter.shop.events.seen if isinstance(e, TaskFinished)]
+    assert [event.outcome for event in told] == ["gateway_error"]
 
 
 async def test_recovery_closes_more_tasks_than_one_batch_holds() -> None:

@@ -40,6 +40,11 @@ ATTEMPT = AttemptFinished(
         "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl",
         "data:image/png;base64," + "A" * 100,
         "http://h/files/results/a/0.png?expires=1&signature=abc-DEF_123",
+        "https://b.s3.test/0.png?X-Amz-Date=1&X-Amz-Signature=0123456789abcdef",
+        "https://a.blob.test/0.png?sv=1&sig=abc%2Fdef%2B0123456789%3D",
+        "Authorization: Key 01234567-89ab-cdef-0123-456789abcdef:0123456789abcdef",
+        "r8_0123456789abcdefghijABCDEFGHIJ",
+        "redis://:correct-horse-battery@h",
     ],
 )
 def test_what_looks_like_a_secret_is_taken_out(secret: str) -> None:
@@ -68,6 +73,18 @@ def test_a_line_is_json_and_begins_with_when_and_what() -> None:
 class FullDisk(io.StringIO):
     def write(self, text: str) -> int:
         raise OSError(28, "No space left on device")
+
+
+def test_what_is_no_text_is_told_all_the_same() -> None:
+    out = io.StringIO()
+    log = LogListener(out)
+
+    log.on_event(replace(ATTEMPT, detail="half a pair: \ud83d"))
+    log.on_crash(ValueError("half a pair: \ud83d"), "somewhere")
+
+    attempt, crash = map(json.loads, out.getvalue().splitlines())
+    assert attempt["detail"] == "half a pair: \\ud83d"
+    assert "half a pair: \\ud83d" in crash["exception"]
 
 
 def test_a_sink_that_fails_costs_lines_and_nothing_else() -> None:

@@ -61,3 +61,15 @@ async def test_of_an_offer_that_is_gone_nothing_is_shown_however_its_calls_end()
     metrics.known(offering("a", "b"))
 
     assert await states(metrics, "a") == {"open"}
+
+
+async def test_an_upstream_that_was_drained_before_it_was_known_is_shown_so() -> None:
+    metrics = Metrics()
+    metrics.known(offering("a"))
+    metrics.on_event(UpstreamChanged("b", "drained"))
+
+    metrics.known(offering("a", "b"))
+
+    text = (await metrics.render())[0].decode()
+    assert f'{DRAINED}{{upstream="a"}} 0.0' in text
+    assert f'{DRAINED}{{upstream="b"}} 1.0' in text

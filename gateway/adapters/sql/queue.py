@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from gateway.adapters.sql.database import Database, Row, Transaction
 from gateway.adapters.sql.tasks import finish_task, read_task
 from gateway.core.tasks import TaskState, cancelled_json
-from gateway.ports import Claimed, Lease, TaskEnd, TaskFilter, TaskLine
+from gateway.ports import Cancelling, Claimed, Lease, TaskEnd, TaskFilter, TaskLine
 
 USUAL_OF_LAST_TASKS = 20
 TENANTS_ASKED_MAX = 100
@@ -79,7 +79,7 @@ class SqlQueue:
 
     async def cancel(
         self, task_id: str, tenant_id: str, *, now_ms: int
-    ) -> TaskState | None:
+    ) -> Cancelling | None:
         """See ``Queue``."""
         return await self.database.write(
             lambda tx: _cancel(tx, task_id, tenant_id, now_ms)
@@ -197,7 +197,7 @@ async def _first_of(
 
 async def _cancel(
     tx: Transaction, task_id: str, tenant_id: str, now_ms: int
-) -> TaskState | None:
+) -> Cancelling | None:
     # No worker claims it in between: that takes the account too.
     await tx.run("UPDATE accounts SET held = held WHERE tenant_id = $1", tenant_id)
     row = await tx.one(
@@ -217,14 +217,14 @@ async def _cancel(
             fence=fence,
         )
         await finish_task(tx, end)
-        return TaskState.CANCELLED
+        return Cancelling(TaskState.CANCELLED, ended=True)
     if state is TaskState.PROCESSING and mode == "async":
         await tx.run(
             "UPDATE tasks SET cancel_ms = COALESCE(cancel_ms, $2) WHERE id = $1",
             task_id,
             now_ms,
         )
-    return state
+    return Cancelling(state)
 
 
 async def _tasks(

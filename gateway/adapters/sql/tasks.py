@@ -485,7 +485,7 @@ async def finish_task(tx: Transaction, end: TaskEnd) -> Settled:
         raise NotFoundError(f"there is no task {end.task_id!r}")
     held, mode, state, callback_url, charged, absorbed, meter, day, *sold = task
     if charged is not None:
-        return Settled(charged, absorbed)
+        return Settled(charged, absorbed, again=True)
     after, settled = settle(Balance(*account[2:]), held, end.due_nanocredits)
     is_async = int(mode == DeliveryMode.ASYNC.value)
     waiting = int(state == TaskState.PENDING.value)
