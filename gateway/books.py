@@ -54,6 +54,8 @@ SQLITE = "sqlite"
 Check = Callable[[], Awaitable[str | None]]
 """Tells what is wrong with a part, or None."""
 FIRST_TENANT = "first"
+FIRST_START = "first start"
+"""Whom the audit trail names for it."""
 FIRST_CREDITS = 1_000
 
 
@@ -385,7 +387,7 @@ async def first_run(books: Books) -> NewKey | None:
     What a crash left half done is completed: the first tenant alone, without a key.
     """
     known = [tenant for tenant, _ in await books.accounts.tenants()]
-    tenants = books.tenants.acting_as("first start")
+    tenants = books.tenants.acting_as(FIRST_START)
     if not known:
         known = [await tenants.create(FIRST_TENANT)]
     first, *others = known
@@ -393,4 +395,4 @@ async def first_run(books: Books) -> NewKey | None:
         return None
     grant = FIRST_CREDITS * NANO
     await tenants.grant(first, grant, reference="first grant")
-    return await books.keys.create(first)
+    return await books.keys.acting_as(FIRST_START).create(first)
