@@ -43,7 +43,7 @@ test: setup-dev engines $(CLIENTS)/node_modules/.done $(PAGES)/index.html ## Run
 chaos: setup-dev ## Kill workers, ask for too much, play the books for an hour, and see that nothing is lost
 	$(BIN)/python -m pytest -q -s --whole -o timeout=1200 tests/chaos $(BOOKS) $(ARGS)
 
-check: setup-dev ## Format, lint, types, import contracts, pages, configuration, rules, image, compose
+check: setup-dev engines ## Format, lint, types, import contracts, pages, configuration, rules, image, compose
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
