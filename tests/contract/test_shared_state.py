@@ -36,10 +36,14 @@ SECRET = "s3cret-of-redis"
 INFO = "CLUSTER INFO"
 
 
+COMES_MAX_S = 30.0
+
+
 async def until(holds: Callable[[], bool]) -> None:
-    """Wait for what must come; the test's own timeout is the only bound."""
-    while not holds():  # noqa: ASYNC110 - nobody tells when
-        await asyncio.sleep(0.01)
+    """Wait for what must come."""
+    async with asyncio.timeout(COMES_MAX_S):
+        while not holds():  # noqa: ASYNC110 - nobody tells when
+            await asyncio.sleep(0.01)
 
 
 # --- where it is ---
@@ -298,7 +302,10 @@ async def test_who_was_cut_off_looks_at_everything_again(
         await until(lambda: seen == [""])
         own_redis.kill()
         own_redis.start()
-        await until(lambda: seen == ["", ""])
+        # Once or more: a server that is starting may cut it off again.
+        await until(lambda: len(seen) > 1)
+
+    assert set(seen) == {""}
 
 
 async def test_a_revoked_key_is_refused_by_every_process_at_once(
