@@ -513,7 +513,7 @@ def import_litellm(
 
 
 def _yaml(file: Path) -> object:
-    # The library comes with the web framework; all scalars stay the texts they are.
+    # All scalars stay the texts they are.
     yaml = import_module("yaml")
     try:
         text = file.read_text("utf-8")
